@@ -1,0 +1,285 @@
+"""The run configuration: one YAML file, one strict model. Its descriptions are the documentation of each setting."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from schemas.errors import ConfigError
+from schemas.samples import AnswerType, Kind, Topic
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Columns(_Section):
+    """Which column of a source holds what. A dotted path reaches into nested fields ("meta.answer")."""
+
+    question: str = Field("question", description="Column of the question text.")
+    images: str | None = Field(
+        None, description="Column of one image or a list of them: a path, bytes, a data URL or an Image feature."
+    )
+    choices: str | None = Field(None, description="Column of the list of options.")
+    answer: str | None = Field(None, description="Column of the reference answer.")
+    id: str | None = Field(None, description="Column of the row's own id; two rows may not share one.")
+    topic: str | None = Field(None, description="Column of the topic, one of the paper's nine.")
+    kind: str | None = Field(None, description="Column that says objective or subjective.")
+    answer_type: str | None = Field(None, description="Column of the answer type.")
+    licence: str | None = Field(None, description="Column of the row's licence.")
+    conversations: str | None = Field(
+        None, description="Column of LLaVA or ShareGPT turns; the first question and reply become question and answer."
+    )
+
+
+class SourceConfig(_Section):
+    """One set of raw questions."""
+
+    name: str = Field(description="Name of the source, unique in the run, kept on every row.", pattern=r"^[\w.-]+$")
+    format: Literal["parquet", "jsonl", "datasets", "conversations"] = Field(description="How it is stored.")
+    path: str = Field(description="File, folder, glob, fsspec address, or for `datasets` a saved folder or hub name.")
+    split: str = Field("train", description="Split of a `datasets` source.")
+    subset: str | None = Field(None, description="Configuration name of a `datasets` source.")
+    image_root: str | None = Field(None, description="Folder that image paths are relative to; none may leave it.")
+    columns: Columns = Field(default_factory=Columns, description="The mapping of columns.")
+    topic: Topic | None = Field(None, description="Topic of every row that names none.")
+    kind: Kind | None = Field(None, description="Kind of every row that names none.")
+    answer_type: AnswerType | None = Field(None, description="Answer type of every row that names none.")
+    answer_pattern: str | None = Field(
+        None,
+        description="Regular expression whose group 1 is the final answer in the answer column (GSM8K: '#### (.+)').",
+    )
+    licence: str | None = Field(None, description="Licence of every row that names none.")
+    max_rows: Positive | None = Field(None, description="Read only the first so many rows.")
+
+
+class ImageLimits(_Section):
+    """Bounds checked before an image is decoded."""
+
+    max_bytes: Positive = Field(32 * 2**20, description="Largest encoded size in bytes.")
+    max_pixels: Positive = Field(40_000_000, description="Largest width times height.")
+    min_side: Positive = Field(2, description="Smallest width and height in pixels.")
+
+
+class EndpointConfig(_Section):
+    """An OpenAI-compatible endpoint and how to ask it."""
+
+    model: str = Field("Qwen/Qwen2.5-VL-32B-Instruct", description="Name of the served model.")
+    url: str = Field("http://127.0.0.1:8000/v1", description="Address of the API, ending in /v1.")
+    revision: str = Field("", description="Revision of the weights; part of the key of every stored reply.")
+    api_key_env: str = Field("BIMODE_API_KEY", description="Environment variable that holds the key, if one is needed.")
+    extra_body: dict[str, Any] = Field(
+        default_factory=dict, description="Sent with every call, e.g. {chat_template_kwargs: {thinking_mode: short}}."
+    )
+    concurrency: Positive = Field(64, description="Calls in flight at once.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Longest wait for one call.")
+    max_retries: int = Field(6, ge=0, description="Retries of a call that failed for a passing reason.")
+    unreachable_seconds: float = Field(120.0, ge=0, description="Give up when nothing has answered for so long.")
+    images_as: Literal["data_url", "file_url"] = Field("data_url", description="How images travel.")
+    max_image_pixels: Positive = Field(1_003_520, description="Images are reduced to so many pixels (1280 * 28 * 28).")
+
+
+class ServeConfig(_Section):
+    """How to start vLLM on the worker when no endpoint is given."""
+
+    model_path: str | None = Field(
+        None, description="Folder or hub name of the weights; the teacher's model by default."
+    )
+    python: str | None = Field(
+        None, description="Python of the environment that has vLLM; BIMODE_GPU_PYTHON by default."
+    )
+    port: int = Field(8000, ge=1, le=65535, description="Port on the loopback interface.")
+    max_model_len: Positive | None = Field(None, description="Longest sequence in tokens.")
+    extra_args: list[str] = Field(default_factory=list, description="Further arguments of the vLLM server.")
+    start_timeout_seconds: float = Field(900.0, gt=0, description="Longest wait until the first token.")
+
+
+class DuplicatesConfig(_Section):
+    """What counts as a duplicate. The unit is (images, question)."""
+
+    exact: bool = Field(True, description="Drop rows whose normalised images, question and choices are equal.")
+    near: bool = Field(True, description="Drop near duplicates found by MinHash and verified by Jaccard.")
+    threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity of word shingles from which on rows are alike."
+    )
+    num_permutations: Positive = Field(128, description="MinHash permutations.")
+    shingle_words: Positive = Field(
+        3, description="Words in a shingle; questions with fewer words are matched exactly."
+    )
+    seed: int = Field(1, description="Seed of the permutations.")
+
+
+class RoutingConfig(_Section):
+    """Objective or subjective, and the topic, by rule; the teacher is asked only where the rules cannot tell."""
+
+    ask_teacher: bool = Field(
+        True, description="Ask the teacher where the rules cannot tell; else subjective and general."
+    )
+
+
+class DifficultyConfig(_Section):
+    """The difficulty heuristic for subjective rows."""
+
+    threshold: Share = Field(0.5, description="Rows whose probability of needing reasoning is at least this think.")
+
+
+class PerformanceConfig(_Section):
+    """The performance heuristic for objective rows: reasoning means that all samples are scored and wrong."""
+
+    num_samples: Positive = Field(8, description="Samples per question; the paper's N.")
+    waves: list[Positive] = Field(default_factory=lambda: [1, 1, 2, 4], description="Sizes of the waves.")
+    exhaustive: bool = Field(False, description="Always draw all samples instead of stopping at the first right one.")
+    audit_share: Share = Field(0.02, description="Share of rows, chosen by id, that always draw all samples.")
+    temperature: float = Field(1.0, ge=0, description="Sampling temperature.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    max_tokens: Positive = Field(1024, description="Longest reply in tokens.")
+
+    @model_validator(mode="after")
+    def _waves_end_at_num_samples(self) -> PerformanceConfig:
+        if sum(self.waves) < self.num_samples:
+            raise ValueError(f"waves {self.waves} add up to less than num_samples = {self.num_samples}")
+        return self
+
+
+class VerificationConfig(_Section):
+    """How replies are compared with references."""
+
+    timeout_seconds: float = Field(
+        10.0, gt=0, description="Longest time for one comparison before its worker is killed."
+    )
+    num_workers: Positive = Field(2, description="Worker processes for comparisons that need a parser.")
+    relative_tolerance: float = Field(1e-4, ge=0, description="Relative tolerance of numbers.")
+    chart_tolerance: float = Field(0.05, ge=0, description="Relaxed accuracy of chart values (ChartQA's 5 %).")
+    anls_threshold: Share = Field(0.5, description="ANLS from which on a short text is right (ST-VQA's 0.5).")
+    iou_threshold: Share = Field(0.5, description="Intersection over union from which on a box is right.")
+
+
+class ReasoningConfig(_Section):
+    """Chains of thought for the rows that need them, and their checks."""
+
+    num_tries: Positive = Field(4, description="Traces asked for before the row is dropped.")
+    temperature: float = Field(0.7, ge=0, description="Temperature of the first try; later tries use other seeds.")
+    top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
+    max_tokens: Positive = Field(4096, description="Longest trace with its answer, in tokens.")
+    min_words: int = Field(5, ge=0, description="Shortest trace in words.")
+    max_words: Positive = Field(3000, description="Longest trace in words.")
+    max_repeated_share: Share = Field(0.3, description="Largest share of a trace that repeats its own word 8-grams.")
+    forbidden: list[str] = Field(
+        default_factory=list, description="Further regular expressions (case ignored) that no trace may contain."
+    )
+    judge_consistency: bool = Field(
+        True, description="For open-ended rows, ask the teacher whether trace and answer agree."
+    )
+    duplicate_threshold: float = Field(0.9, gt=0, le=1, description="Jaccard from which on two traces are duplicates.")
+
+
+class DirectConfig(_Section):
+    """Direct answers for open-ended rows that have no reference."""
+
+    max_tokens: Positive = Field(1024, description="Longest answer in tokens.")
+    temperature: float = Field(0.0, ge=0, description="Sampling temperature.")
+
+
+class CorpusConfig(_Section):
+    """The product."""
+
+    folder: str | None = Field(None, description="Where versions go; `corpus` in the work folder by default.")
+    shard_rows: Positive = Field(5000, description="Rows per Parquet file.")
+    licence: str = Field("other", description="Licence named in the dataset card.")
+
+
+class PricesConfig(_Section):
+    """Prices for the cost table, in any currency, per million tokens."""
+
+    prompt: float = Field(0.0, ge=0)
+    completion: float = Field(0.0, ge=0)
+
+
+class RunConfig(_Section):
+    """Everything one curation needs."""
+
+    name: str = Field("corpus", description="Name of the corpus.", pattern=r"^[\w.-]+$")
+    workdir: str = Field(
+        "runs/corpus", description="Folder of all that must survive: stages, journals, images, versions."
+    )
+    seed: int = Field(0, description="Seed of everything drawn at random.")
+    shard_rows: Positive = Field(1000, description="Rows per shard of work.")
+    parallel_shards: Positive = Field(2, description="Shards of one stage in work at once.")
+    max_quarantine_share: Share = Field(0.1, description="Stop when more than this share of all rows is quarantined.")
+    sources: list[SourceConfig] = Field(description="The raw data.", min_length=1)
+    images: ImageLimits = Field(default_factory=ImageLimits)
+    teacher: EndpointConfig = Field(default_factory=EndpointConfig, description="Who labels.")
+    reasoner: EndpointConfig | None = Field(None, description="Who writes chains of thought; the teacher by default.")
+    serve: ServeConfig | None = Field(None, description="Start vLLM for the teacher when its address does not answer.")
+    duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)
+    routing: RoutingConfig = Field(default_factory=RoutingConfig)
+    difficulty: DifficultyConfig = Field(default_factory=DifficultyConfig)
+    performance: PerformanceConfig = Field(default_factory=PerformanceConfig)
+    verification: VerificationConfig = Field(default_factory=VerificationConfig)
+    reasoning: ReasoningConfig = Field(default_factory=ReasoningConfig)
+    direct: DirectConfig = Field(default_factory=DirectConfig)
+    corpus: CorpusConfig = Field(default_factory=CorpusConfig)
+    prices: PricesConfig = Field(default_factory=PricesConfig)
+
+    @model_validator(mode="after")
+    def _source_names_are_unique(self) -> RunConfig:
+        names = [source.name for source in self.sources]
+        if len(set(names)) != len(names):
+            raise ValueError(f"source names must be unique, got {names}")
+        return self
+
+    @property
+    def reasoner_endpoint(self) -> EndpointConfig:
+        return self.reasoner or self.teacher
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Returns the configuration in a YAML file. Relative paths in it stay relative to the current folder.
+
+    `${NAME}` in a string is replaced by that environment variable.
+
+    Raises ConfigError: with one line per problem, naming the setting, the value seen and what is expected.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} must hold a mapping of settings, not {type(raw).__name__}")
+    return parse_config(raw, origin=str(path))
+
+
+def parse_config(raw: dict[str, Any], *, origin: str = "configuration") -> RunConfig:
+    """Returns the configuration of a plain mapping. Raises ConfigError as `load_config` does."""
+    try:
+        return RunConfig.model_validate(_expand_environment(raw))
+    except ValidationError as error:
+        lines = [
+            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
+        ]
+        raise ConfigError(f"{origin} has {error.error_count()} problem(s):\n" + "\n".join(lines)) from error
+
+
+def _expand_environment(value: Any) -> Any:
+    if isinstance(value, str):
+        expanded = os.path.expandvars(value) if "${" in value else value
+        if "${" in expanded:
+            raise ConfigError(f"environment variable in {value!r} is not set")
+        return expanded
+    if isinstance(value, dict):
+        return {key: _expand_environment(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_environment(item) for item in value]
+    return value
