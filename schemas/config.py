@@ -165,6 +165,9 @@ class ReasoningConfig(_Section):
     """Chains of thought for the rows that need them, and their checks."""
 
     num_tries: Positive = Field(4, description="Traces asked for before the row is dropped.")
+    ask_for_think_tags: bool = Field(
+        True, description="Ask for <think> tags in a system prompt; off for models that think by themselves."
+    )
     temperature: float = Field(0.7, ge=0, description="Temperature of the first try; later tries use other seeds.")
     top_p: float = Field(0.95, gt=0, le=1, description="Nucleus sampling.")
     max_tokens: Positive = Field(4096, description="Longest trace with its answer, in tokens.")

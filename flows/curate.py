@@ -1,0 +1,288 @@
+"""The flow `curate`: raw questions and images in, a bi-mode corpus out. Deployed as `curate/bimode`.
+
+Prefect sees stages and shards. Each stage is a subflow with one task per shard and a progress artifact; the data and
+all that must survive lie in the work folder, so a run that was killed goes on where it was, whatever Prefect remembers.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.cache_policies import NO_CACHE
+from prefect.events import emit_event
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
+
+from flows import publishing, stages
+from flows.publishing import Published
+from flows.runtime import Runtime
+from flows.stages import Progress, Removal
+from flows.workspace import Marker
+from schemas.config import RunConfig, load_config
+from schemas.errors import ConfigError, QuarantineExceeded
+from sources import Unit, plan_units
+
+CORPUS_EVENT = "bimode.corpus.created"
+_POLL_SECONDS = 1.0
+_LOG_SECONDS = 10.0
+
+
+def project_folder() -> Path:
+    """Returns the folder that relative addresses in a configuration start from: BIMODE_HOME, else the current one."""
+    return Path(os.environ.get("BIMODE_HOME", "."))
+
+
+def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None = None) -> RunConfig:
+    """Returns the configuration of a file, with its addresses made absolute and overrides applied.
+
+    Raises ConfigError.
+    """
+    home = project_folder().resolve()
+    path = Path(config)
+    loaded = load_config(path if path.is_absolute() or path.exists() else home / path)
+    teacher = loaded.teacher.model_copy(update={"url": teacher_url}) if teacher_url else loaded.teacher
+    sources = [
+        source.model_copy(
+            update={"path": _absolute(source.path, home), "image_root": _absolute(source.image_root, home)}
+        )
+        for source in loaded.sources
+    ]
+    return loaded.model_copy(
+        update={
+            "teacher": teacher,
+            "serve": None if teacher_url else loaded.serve,
+            "sources": sources,
+            "workdir": _absolute(workdir or loaded.workdir, home),
+            "corpus": loaded.corpus.model_copy(update={"folder": _absolute(loaded.corpus.folder, home)}),
+        }
+    )
+
+
+def _absolute(path: str | None, home: Path) -> str | None:
+    """Returns a local path made absolute where it exists under the project folder or is relative by its looks."""
+    if path is None or "://" in path or Path(path).is_absolute():
+        return path
+    return str(home / path) if (home / path).exists() or not _is_hub_name(path) else path
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and "." not in path and "*" not in path
+
+
+@task(task_run_name="{stage}/{shard}", cache_policy=NO_CACHE, persist_result=False)
+def run_shard(stage: str, shard: str, work: Callable[[], Marker]) -> Marker:
+    """One shard of one stage; `stage` and `shard` are for the eye."""
+    del stage, shard
+    return work()
+
+
+Work = dict[str, Callable[[], Marker]]
+"""What a stage has to do: by shard, the call that does it and returns its marker."""
+
+
+def _run_stage(stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> list[Marker]:
+    """The body of a stage's subflow: plans its shards, runs a task for each, and shows progress while they run."""
+    title = stages.STAGE_TITLES[stage]
+    logger = get_run_logger()
+    progress = Progress(num_rows)
+    artifact: Any = create_progress_artifact(0.0, key=f"progress-{stage}", description=f"{title}: {num_rows:,} rows")
+    started = time.monotonic()
+    work = plan(progress)
+    futures = [_submit(stage, shard, call) for shard, call in work.items()]
+    logged = 0.0
+    while waiting := [future for future in futures if not future.state.is_final()]:
+        waiting[0].wait(timeout=_POLL_SECONDS)
+        update_progress_artifact(artifact, progress.percent)
+        seconds = time.monotonic() - started
+        if seconds - logged > _LOG_SECONDS:
+            logged = seconds
+            logger.info("%s: %s", title, _progress_line(progress, seconds))
+    markers = _results(futures)
+    update_progress_artifact(artifact, 100.0)
+    logger.info("%s: done, %s", title, _progress_line(progress, time.monotonic() - started))
+    return markers
+
+
+def _submit(stage: str, shard: str, call: Callable[[], Marker]) -> PrefectFuture[Marker]:
+    """Returns the running task of one shard. Quoted, its work is passed on without Prefect looking inside."""
+    future: PrefectFuture[Marker] = run_shard.submit(stage, shard, quote(call))  # type: ignore[call-overload]
+    return future
+
+
+def _progress_line(progress: Progress, seconds: float) -> str:
+    rate = progress.num_done / seconds if seconds else 0.0
+    left = (progress.num_total - progress.num_done) / rate if rate else 0.0
+    return f"{progress.num_done:,} of {progress.num_total:,} rows, {rate:,.1f} rows/s, about {left:,.0f} s left"
+
+
+def _results(futures: Sequence[PrefectFuture[Marker]]) -> list[Marker]:
+    return [future.result() for future in futures]
+
+
+class Curation:
+    """The stages of one run in order. `markers` holds what is done so far, by stage."""
+
+    def __init__(self, runtime: Runtime, units: Sequence[Unit]) -> None:
+        self.runtime = runtime
+        self.config = runtime.config
+        self.units = units
+        self.markers: dict[str, list[Marker]] = {}
+
+    def run(self) -> Published:
+        """Runs every stage and publishes the corpus. Raises BimodeError: with what to do."""
+        self._stage(stages.SOURCES, sum(unit.num_rows for unit in self.units), self._plan_sources)
+        self._stage(stages.DUPLICATES, self._num_kept(stages.SOURCES), self._plan_duplicates)
+        before = stages.DUPLICATES
+        for stage in stages.STAGES[2:]:
+            planner = self._plan_traces if stage == stages.TRACES else self._planner(stage, before)
+            self._stage(stage, self._num_kept(before), planner)
+            before = stage
+        return publishing.publish(self.runtime, self.markers)
+
+    def _stage(self, stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> None:
+        runner: Any = ThreadPoolTaskRunner(max_workers=self.config.parallel_shards)
+
+        # The subflow closes over its work, so that Prefect neither stores nor validates what the shards are made of.
+        @flow(name=stage, task_runner=runner, persist_result=False)
+        def run_stage() -> list[Marker]:
+            return _run_stage(stage, num_rows, plan)
+
+        self.markers[stage] = run_stage()
+        self._check_quarantine(stage)
+
+    def _num_kept(self, stage: str) -> int:
+        return sum(marker.count.num_kept for marker in self.markers[stage])
+
+    def _plan_sources(self, progress: Progress) -> Work:
+        return {
+            stages.shard_name(unit): lambda unit=unit: stages.read_source_shard(self.runtime, unit, progress)  # type: ignore[misc]
+            for unit in self.units
+        }
+
+    def _planner(self, stage: str, before: str) -> Callable[[Progress], Work]:
+        def plan(progress: Progress) -> Work:
+            return {
+                marker.shard: lambda marker=marker: stages.label_shard(self.runtime, stage, marker, progress)  # type: ignore[misc]
+                for marker in self.markers[before]
+            }
+
+        return plan
+
+    def _plan_duplicates(self, progress: Progress) -> Work:
+        return self._plan_removals(
+            stages.DUPLICATES, stages.SOURCES, stages.plan_duplicates, stages.remove_duplicates, progress
+        )
+
+    def _plan_traces(self, progress: Progress) -> Work:
+        return self._plan_removals(stages.TRACES, "reasoning", stages.plan_traces, stages.remove_traces, progress)
+
+    def _plan_removals(
+        self,
+        stage: str,
+        before: str,
+        find: Callable[[Runtime, Sequence[str]], dict[str, Removal]],
+        remove: Callable[[Runtime, Marker, Mapping[str, Removal], str, Progress], Marker],
+        progress: Progress,
+    ) -> Work:
+        """Plans a stage that looks across shards: once for all of them, unless every shard is done already."""
+        done = self.markers[before]
+        digest = stages.stage_digest(stage, self.config, [marker.output for marker in done])
+        found = {marker.shard: self.runtime.workspace.find_marker(stage, marker.shard, digest) for marker in done}
+        removals: dict[str, Removal] = {}
+        if not all(found.values()):
+            removals = find(self.runtime, [marker.shard for marker in done])
+
+        def work(marker: Marker) -> Marker:
+            finished = found[marker.shard]
+            if finished is None:
+                return remove(self.runtime, marker, removals, digest, progress)
+            progress.advance(finished.count.num_in)
+            return finished
+
+        return {marker.shard: lambda marker=marker: work(marker) for marker in done}  # type: ignore[misc]
+
+    def _check_quarantine(self, stage: str) -> None:
+        """Raises QuarantineExceeded: more than the configured share of all rows is quarantined so far."""
+        num_rows = sum(unit.num_rows for unit in self.units)
+        reasons: dict[str, int] = {}
+        for done in self.markers.values():
+            for marker in done:
+                for reason, number in marker.count.quarantined.items():
+                    reasons[reason] = reasons.get(reason, 0) + number
+        num_quarantined = sum(reasons.values())
+        if num_quarantined > self.config.max_quarantine_share * num_rows:
+            listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
+            raise QuarantineExceeded(
+                f"after stage {stage}, {num_quarantined} of {num_rows} rows are quarantined ({listed}), more than "
+                f"max_quarantine_share = {self.config.max_quarantine_share}. See {self.runtime.workspace.root}/stages/"
+                f"{stage}/*.fates.parquet for each row's reason; fix the input or raise the share"
+            )
+
+
+@flow(name="curate", persist_result=False, log_prints=True)
+def curate(config: str = "bimode.yaml", teacher_url: str | None = None, workdir: str | None = None) -> dict[str, Any]:
+    """Curates a bi-mode corpus as a configuration file says and returns where it is.
+
+    config: path of the YAML file, relative to BIMODE_HOME or the current folder. teacher_url: use this endpoint instead
+    of the configured one. workdir: use this work folder instead of the configured one.
+    """
+    settings = load_run(config, teacher_url=teacher_url, workdir=workdir)
+    logger = get_run_logger()
+    _show_library_logs(logger)
+    runtime = Runtime(settings)
+    try:
+        with runtime.workspace.locked():
+            units = plan_units(settings)
+            num_rows = sum(unit.num_rows for unit in units)
+            if num_rows == 0:
+                raise ConfigError("the sources hold no rows: check their paths and max_rows")
+            logger.info("%s rows in %s shards of %s sources", f"{num_rows:,}", len(units), len(settings.sources))
+            published = Curation(runtime, units).run()
+    finally:
+        runtime.close()
+    _announce(published)
+    return published.to_record()
+
+
+def _announce(published: Published) -> None:
+    """Shows the result in Prefect's UI and, where it is new and not empty, emits the event that triggers training."""
+    logger = get_run_logger()
+    report = published.report.resolve()
+    create_markdown_artifact(
+        f"[{report.name}]({report.as_uri()})\n\n```\n{published.summary}\n```",
+        key="corpus-report",
+        description=f"Corpus {published.version}: {published.num_rows:,} rows",
+    )
+    create_table_artifact([published.to_record()], key="corpus", description="The version that this run published")
+    logger.info("corpus %s: %s\nreport: %s\n%s", published.version, published.folder, report, published.summary)
+    logger.info("%s teacher calls were made by this run", f"{published.num_new_calls:,}")
+    if published.is_new and published.num_rows:
+        emit_event(
+            CORPUS_EVENT,
+            resource={"prefect.resource.id": f"bimode.corpus.{published.folder.parent.parent.name}"},
+            payload=published.to_record(),
+        )
+
+
+def _show_library_logs(logger: Any) -> None:
+    """Sends the messages of the packages below to the flow run's log, so that waiting for a teacher is seen."""
+    handlers = getattr(logger.logger if isinstance(logger, logging.LoggerAdapter) else logger, "handlers", [])
+    for name in ("teacher", "flows", "sources", "judges", "corpus"):
+        library = logging.getLogger(name)
+        library.setLevel(logging.INFO)
+        for handler in handlers:
+            if handler not in library.handlers:
+                library.addHandler(handler)

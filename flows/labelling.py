@@ -1,0 +1,198 @@
+"""What each labelling stage does with one row: the judges' requests, asked through a teacher, and the row that results.
+
+Every function takes a row and returns it, completed, or its fate. Rows that a stage does not concern pass unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+
+from filters.traces import TraceProblem, trace_problem
+from flows.work_rows import WorkRow
+from judges import difficulty, performance, reasoning, routing
+from judges.answers import VerifierPool
+from schemas.config import RunConfig
+from schemas.errors import RowError
+from schemas.fates import Fate
+from schemas.question import render_question
+from schemas.requests import CallFailure, Reply, TeacherRequest
+from schemas.samples import Kind
+from schemas.template import Completion, render_completion
+from schemas.verdicts import Failure, Mode, Verdict, unscored
+
+Ask = Callable[[TeacherRequest], Awaitable[Reply | CallFailure]]
+REJECTED = "teacher_rejected"
+"""The failure that no retry heals: the endpoint refuses this very request (too long, an image it cannot take)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What a labelling function works with: the settings, the two endpoints and the verifiers."""
+
+    config: RunConfig
+    ask_teacher: Ask
+    ask_reasoner: Ask
+    verifiers: VerifierPool
+
+
+Label = Callable[[WorkRow, Desk], Awaitable[WorkRow | Fate]]
+
+
+async def label_route(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+    """Routing: kind, answer type and topic, by rule where possible, else by the teacher."""
+    route = routing.route_by_rules(row.sample)
+    sample = route.sample
+    if not desk.config.routing.ask_teacher:
+        return replace(row, sample=routing.with_fallbacks(sample))
+    questions = []
+    if route.needs_kind:
+        questions.append((routing.ROUTING, routing.kind_request(sample), routing.with_kind))
+    if route.needs_topic:
+        questions.append((routing.TOPIC, routing.topic_request(sample), routing.with_topic))
+    for purpose, request, complete in questions:
+        reply = await desk.ask_teacher(request)
+        if isinstance(reply, CallFailure):
+            return row.quarantined("routing", reply.reason, reply.detail)
+        completed = complete(sample, reply)
+        if completed is None:
+            return row.quarantined("routing", f"{purpose}_unreadable", f"the teacher replied {reply.text[:80]!r}")
+        sample = completed
+    return replace(row, sample=sample)
+
+
+async def label_difficulty(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+    """The difficulty heuristic, for subjective rows."""
+    if row.sample.kind is not Kind.SUBJECTIVE:
+        return row
+    reply = await desk.ask_teacher(difficulty.difficulty_request(row.sample))
+    if isinstance(reply, CallFailure):
+        return row.quarantined("difficulty", reply.reason, reply.detail)
+    decision = difficulty.difficulty_decision(reply, desk.config.difficulty)
+    if decision is None:
+        return row.quarantined("difficulty", "difficulty_unreadable", f"the teacher replied {reply.text[:80]!r}")
+    return replace(row, decision=decision)
+
+
+async def label_performance(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+    """The performance heuristic, for objective rows: sample, verify, stop when the label is settled."""
+    if row.sample.kind is not Kind.OBJECTIVE:
+        return row
+    settings = desk.config.performance
+    is_audit = performance.is_audited(row.sample, settings, seed=desk.config.seed)
+    verdicts: list[Verdict] = []
+    last_failure: CallFailure | None = None
+    while indices := performance.next_indices(verdicts, settings, draw_all=is_audit or settings.exhaustive):
+        replies = await asyncio.gather(*(_ask_sample(row, index, desk) for index in indices))
+        for reply in replies:
+            if isinstance(reply, CallFailure):
+                last_failure = reply
+                if reply.reason == REJECTED:
+                    return row.quarantined("performance", reply.reason, reply.detail)
+        verdicts.extend(await asyncio.gather(*(_verify(reply, row, desk) for reply in replies)))
+    decision = performance.performance_decision(verdicts, settings, is_audit=is_audit)
+    if decision is None:
+        return _unlabelled(row, verdicts, last_failure, num_needed=settings.num_samples)
+    return replace(row, decision=decision)
+
+
+def _ask_sample(row: WorkRow, index: int, desk: Desk) -> Awaitable[Reply | CallFailure]:
+    config = desk.config
+    return desk.ask_teacher(performance.performance_request(row.sample, index, config.performance, seed=config.seed))
+
+
+async def _verify(reply: Reply | CallFailure, row: WorkRow, desk: Desk) -> Verdict:
+    if isinstance(reply, CallFailure):
+        return unscored(Failure.NO_REPLY, f"{reply.reason}: {reply.detail}")
+    return await desk.verifiers.verify_async(reply.text, row.sample, is_truncated=reply.is_truncated)
+
+
+def _unlabelled(row: WorkRow, verdicts: list[Verdict], failure: CallFailure | None, *, num_needed: int) -> Fate:
+    failures = sorted({str(verdict.failure) for verdict in verdicts if verdict.failure})
+    num_scored = sum(verdict.is_scored for verdict in verdicts)
+    if failure is not None and failures == [Failure.NO_REPLY]:
+        return row.quarantined("performance", failure.reason, failure.detail)
+    detail = f"{num_scored} of {len(verdicts)} answers could be scored, {num_needed} are needed ({', '.join(failures)})"
+    return row.quarantined("performance", "performance_unscored", detail)
+
+
+async def label_reasoning(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+    """Chains of thought for thinking rows: several tries, each checked; a row whose every try fails is dropped."""
+    if row.decision is None or row.decision.mode is not Mode.THINK:
+        return row
+    settings = desk.config.reasoning
+    problems: list[TraceProblem] = []
+    num_unanswered = 0
+    for index in range(settings.num_tries):
+        reply = await desk.ask_reasoner(reasoning.reasoning_request(row.sample, index, settings, seed=desk.config.seed))
+        if isinstance(reply, CallFailure):
+            problems.append(TraceProblem(reply.reason, reply.detail))
+            num_unanswered += 1
+            if reply.reason == REJECTED:
+                break
+            continue
+        trace = reasoning.read_trace(reply)
+        problem = trace_problem(
+            trace.reasoning,
+            trace.answer,
+            is_truncated=reply.is_truncated,
+            config=settings,
+            question=render_question(row.sample),
+        )
+        problem = problem or await _inconsistency(trace, reply, row, desk)
+        if problem is None:
+            is_checkable = row.sample.kind is Kind.OBJECTIVE
+            return replace(row, reasoning=trace.reasoning, answer=row.sample.answer if is_checkable else trace.answer)
+        problems.append(problem)
+    detail = f"{len(problems)} tries failed: " + "; ".join(f"{p.reason}: {p.detail}" for p in problems)
+    if num_unanswered == len(problems):
+        return row.quarantined("reasoning", problems[-1].reason, detail)
+    return row.dropped("reasoning", problems[-1].reason, detail)
+
+
+async def _inconsistency(trace: Completion, reply: Reply, row: WorkRow, desk: Desk) -> TraceProblem | None:
+    """Returns why a trace does not agree with its answer, or None if it does."""
+    if row.sample.kind is Kind.OBJECTIVE:
+        verdict = await desk.verifiers.verify_async(trace.answer, row.sample, is_truncated=reply.is_truncated)
+        if verdict.is_correct:
+            return None
+        if not verdict.is_scored:
+            return TraceProblem("trace_answer_unscored", f"{verdict.failure}: {trace.answer[:80]!r}")
+        said = verdict.extracted if verdict.extracted is not None else trace.answer
+        return TraceProblem(
+            "trace_answer_wrong", f"it ends in {said[:80]!r}, the reference is {row.sample.answer!r:.80}"
+        )
+    if not desk.config.reasoning.judge_consistency:
+        return None
+    judged = await desk.ask_teacher(reasoning.consistency_request(row.sample, trace))
+    if isinstance(judged, CallFailure):
+        return TraceProblem(judged.reason, judged.detail)
+    agrees = reasoning.is_consistent(judged)
+    if agrees is None:
+        return TraceProblem("consistency_unreadable", f"the teacher replied {judged.text[:80]!r}")
+    return None if agrees else TraceProblem("trace_inconsistent", f"judged against the answer {trace.answer[:80]!r}")
+
+
+async def label_answer(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+    """The final answer of every row: the reference where there is one, else a direct answer from the teacher.
+
+    Last of the stages, it also makes sure that the row can be written in the bi-mode template.
+    """
+    assert row.decision is not None, f"row {row.sample.origin} reached the last stage without a decision"
+    answer = row.answer if row.answer is not None else row.sample.answer
+    if answer is None:
+        reply = await desk.ask_teacher(reasoning.direct_request(row.sample, desk.config.direct, seed=desk.config.seed))
+        if isinstance(reply, CallFailure):
+            return row.quarantined("answers", reply.reason, reply.detail)
+        if reply.is_truncated:
+            detail = f"the direct answer was cut after {reply.completion_tokens} tokens"
+            return row.dropped("answers", "answer_truncated", detail)
+        answer = reasoning.read_trace(reply).answer
+        if not answer:
+            return row.dropped("answers", "answer_missing", f"the teacher replied {reply.text[:80]!r}")
+    try:
+        render_completion(answer, row.reasoning or "")
+    except RowError as error:
+        return row.quarantined("answers", error.reason, error.detail)
+    return replace(row, answer=answer, reasoning=row.reasoning or "")

@@ -1,0 +1,225 @@
+"""The last stage: labelled shards become a version of the corpus, with its card, report and every row's fate."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from corpus.card import CardInputs, build_card
+from corpus.excerpts import pick_fates, pick_rows
+from corpus.report import PurposeUsage, ReportInputs, build_report, summary_table
+from corpus.tally import tally_corpus
+from corpus.versions import Committed, begin_version, commit_version, next_version_name
+from corpus.writer import STAGE, ShardInfo, write_fates, write_shards
+from flows.runtime import Runtime
+from flows.stages import STAGES, recipe_digest
+from flows.work_rows import work_rows
+from flows.workspace import Marker, UsageCount, digest_of, write_file
+from schemas.config import RunConfig
+from schemas.fates import Exit, Fate, StageCount
+from schemas.rows import LabelledSample
+from schemas.samples import Kind
+from schemas.verdicts import Mode
+
+LAST_STAGE = STAGES[-1]
+FATES_FILE = "fates.parquet"
+REPORT_PAGE = "report.html"
+REPORT_FIGURES = "report.json"
+RUN_FILE = "last_run.json"
+"""In the work folder: what the last finished run made, for the command line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A finished curation. num_new_calls: teacher calls that this run really made."""
+
+    folder: Path
+    version: str
+    num_rows: int
+    num_think: int
+    is_new: bool
+    num_new_calls: int
+    summary: str
+
+    @property
+    def report(self) -> Path:
+        return self.folder / REPORT_PAGE
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "corpus": str(self.folder),
+            "report": str(self.report),
+            "version": self.version,
+            "rows": self.num_rows,
+            "think": self.num_think,
+            "is_new": self.is_new,
+            "new_teacher_calls": self.num_new_calls,
+        }
+
+
+def corpus_folder(config: RunConfig) -> Path:
+    """Returns the folder that holds the versions."""
+    return Path(config.corpus.folder) if config.corpus.folder else Path(config.workdir) / "corpus"
+
+
+def publish(runtime: Runtime, markers: Mapping[str, Sequence[Marker]]) -> Published:
+    """Writes the corpus of the finished stages and publishes it, unless the latest version is the same corpus.
+
+    markers: of every stage, in order. Raises StorageError, CorpusError: nothing is published then.
+    """
+    config = runtime.config
+    recipe = recipe_digest(config)
+    shards_in = [marker.shard for marker in markers[LAST_STAGE]]
+    inputs = digest_of([marker.output for marker in markers[STAGES[0]]])
+    building = begin_version(corpus_folder(config))
+    shards = write_shards(
+        _labelled(runtime, shards_in),
+        building,
+        shard_rows=config.corpus.shard_rows,
+        read_image=runtime.images.read,
+        recipe=recipe,
+    )
+    unwritable = [fate for shard in shards for fate in shard.fates]
+    write_fates(_all_fates(runtime, markers, unwritable), building / FATES_FILE)
+    counts = stage_counts(markers)
+    counts[STAGE] = _corpus_count(shards, unwritable)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    figures = _write_pages(runtime, building, counts, total_usage(markers), created=created, inputs=inputs)
+    committed = commit_version(
+        building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
+    )
+    published = _published(committed, figures, runtime.num_new_calls)
+    write_file(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2).encode())
+    return published
+
+
+def _published(committed: Committed, figures: Mapping[str, Any], num_new_calls: int) -> Published:
+    if not committed.is_new:
+        figures = json.loads((committed.folder / REPORT_FIGURES).read_text(encoding="utf-8"))
+    manifest = committed.manifest
+    return Published(
+        committed.folder,
+        manifest.version,
+        manifest.num_rows,
+        manifest.num_think,
+        committed.is_new,
+        num_new_calls,
+        summary_table(figures),
+    )
+
+
+def stage_counts(markers: Mapping[str, Sequence[Marker]]) -> dict[str, StageCount]:
+    """Returns the conservation law of each stage, summed over its shards; asserts that no row is lost in between."""
+    counts: dict[str, StageCount] = {}
+    before: StageCount | None = None
+    for stage, done in markers.items():
+        count = sum((marker.count for marker in done), StageCount())
+        count.check(stage)
+        assert before is None or before.num_kept == count.num_in, f"rows were lost before stage {stage}"
+        counts[stage] = before = count
+    return counts
+
+
+def total_usage(markers: Mapping[str, Sequence[Marker]]) -> dict[str, UsageCount]:
+    """Returns what all replies of the corpus cost, by purpose, in order of the stages."""
+    usage: dict[str, UsageCount] = {}
+    for done in markers.values():
+        for marker in done:
+            for purpose, count in marker.usage.items():
+                usage[purpose] = usage.get(purpose, UsageCount()) + count
+    return usage
+
+
+def _labelled(runtime: Runtime, shards: Sequence[str]) -> Iterator[LabelledSample]:
+    config = runtime.config
+    for shard in shards:
+        for row in work_rows(runtime.workspace.read_rows(LAST_STAGE, shard)):
+            assert row.decision is not None, f"{row.sample.origin} has no decision"
+            assert row.answer is not None, f"{row.sample.origin} has no answer"
+            wrote_answer = row.sample.kind is Kind.SUBJECTIVE and row.sample.answer is None
+            has_trace = row.decision.mode is Mode.THINK
+            reasoner = config.reasoner_endpoint.model if has_trace else config.teacher.model if wrote_answer else ""
+            yield LabelledSample(
+                row.sample, row.decision, row.reasoning or "", row.answer, config.teacher.model, reasoner
+            )
+
+
+def _all_fates(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], unwritable: Sequence[Fate]) -> Iterator[Fate]:
+    for stage, done in markers.items():
+        for marker in done:
+            for record in runtime.workspace.read_fates(stage, marker.shard).to_pylist():
+                yield Fate(**{**record, "exit": Exit(record["exit"]), "images": tuple(record["images"])})
+    yield from unwritable
+
+
+def _corpus_count(shards: Sequence[ShardInfo], unwritable: Sequence[Fate]) -> StageCount:
+    num_kept = sum(shard.num_rows for shard in shards)
+    count = StageCount(num_in=num_kept + len(unwritable), num_kept=num_kept)
+    for fate in unwritable:
+        count.quarantined[fate.reason] += 1
+    return count
+
+
+def _write_pages(
+    runtime: Runtime,
+    building: Path,
+    counts: Mapping[str, StageCount],
+    usage: Mapping[str, UsageCount],
+    *,
+    created: str,
+    inputs: str,
+) -> dict[str, Any]:
+    """Writes card, report and figures into the version under construction and returns the figures."""
+    config = runtime.config
+    tally = tally_corpus(building)
+    version = next_version_name(building.parent)
+    teacher, reasoner = config.teacher.model, config.reasoner_endpoint.model
+    page, figures = build_report(
+        ReportInputs(
+            name=config.name,
+            version=version,
+            created=created,
+            recipe=recipe_digest(config),
+            inputs=inputs,
+            teacher=teacher,
+            reasoner=reasoner,
+            stages=counts,
+            tally=tally,
+            usage=[
+                PurposeUsage(
+                    purpose,
+                    count.num_calls,
+                    prompt_tokens=count.prompt_tokens,
+                    completion_tokens=count.completion_tokens,
+                )
+                for purpose, count in usage.items()
+            ],
+            prices=config.prices,
+            rows=pick_rows(building),
+            fates=pick_fates(building / FATES_FILE, read_image=runtime.images.read),
+        )
+    )
+    card = build_card(
+        CardInputs(
+            config.name,
+            version,
+            created,
+            config.corpus.licence,
+            recipe_digest(config),
+            teacher,
+            reasoner,
+            counts,
+            tally,
+        )
+    )
+    write_file(building / REPORT_PAGE, page.encode("utf-8", "replace"))
+    write_file(building / REPORT_FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
+    write_file(building / "README.md", card.encode("utf-8", "replace"))
+    return figures
+
+
+__all__ = ["Published", "corpus_folder", "publish", "stage_counts", "total_usage"]

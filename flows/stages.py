@@ -1,0 +1,281 @@
+"""The stages of curation, one function per stage and shard, without Prefect.
+
+Each reads the shard of the stage before, writes its own by way of `Workspace.finish_shard`, and is skipped when it is
+done already under the same digest. Two stages look across shards: `duplicates` and `traces`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from filters.duplicates import DuplicateRow, clashing_ids, find_duplicates
+from filters.traces import Trace, find_duplicate_traces
+from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
+from flows.runtime import Runtime, open_desk, open_journal
+from flows.work_rows import WorkRow, sample_fate, work_rows, work_table
+from flows.workspace import Marker, UsageCount, digest_of
+from schemas.config import EndpointConfig, RunConfig
+from schemas.fates import Exit, Fate
+from schemas.samples import Sample, samples_to_table, table_to_samples
+from sources import Unit, read_unit
+
+RECIPE_VERSION = 1
+"""Raised when the meaning of a stage's code changes, so that stored shards are made again (replies stay valid)."""
+
+SOURCES, DUPLICATES, TRACES = "sources", "duplicates", "traces"
+LABELLING: dict[str, Label] = {
+    "routing": label_route,
+    "difficulty": label_difficulty,
+    "performance": label_performance,
+    "reasoning": label_reasoning,
+    "answers": label_answer,
+}
+STAGES = (SOURCES, DUPLICATES, "routing", "difficulty", "performance", "reasoning", TRACES, "answers")
+"""In order. The corpus stage that follows is `flows.publishing`."""
+
+STAGE_TITLES = {
+    SOURCES: "read the sources",
+    DUPLICATES: "remove duplicates",
+    "routing": "route to objective or subjective",
+    "difficulty": "difficulty heuristic",
+    "performance": "performance heuristic",
+    "reasoning": "write chains of thought",
+    TRACES: "remove duplicate traces",
+    "answers": "complete the answers",
+}
+
+
+class Progress:
+    """Rows done of a stage, counted by all its tasks; num_total may be 0."""
+
+    def __init__(self, num_total: int) -> None:
+        self.num_total = num_total
+        self.num_done = 0
+        self._lock = threading.Lock()
+
+    def advance(self, num_rows: int = 1) -> None:
+        with self._lock:
+            self.num_done += num_rows
+
+    @property
+    def percent(self) -> float:
+        return 100.0 * min(1.0, self.num_done / self.num_total) if self.num_total else 100.0
+
+
+def shard_name(unit: Unit) -> str:
+    return f"{unit.source}-{unit.index:05d}"
+
+
+def recipe_digest(config: RunConfig) -> str:
+    """Returns the digest of everything in the configuration that shapes labels; speed and places do not."""
+    return digest_of(RECIPE_VERSION, [_recipe_of(stage, config) for stage in STAGES])
+
+
+def stage_digest(stage: str, config: RunConfig, inputs: object) -> str:
+    """Returns the digest of a stage's output: its recipe and what it reads."""
+    return digest_of(RECIPE_VERSION, stage, _recipe_of(stage, config), inputs)
+
+
+def _recipe_of(stage: str, config: RunConfig) -> list[object]:
+    teacher, reasoner = _identity(config.teacher), _identity(config.reasoner_endpoint)
+    verification = config.verification.model_dump(exclude={"num_workers"})
+    recipes: dict[str, list[object]] = {
+        SOURCES: [config.images.model_dump()],
+        DUPLICATES: [config.duplicates.model_dump()],
+        "routing": [config.routing.model_dump(), teacher],
+        "difficulty": [config.difficulty.model_dump(), teacher],
+        # The plan of the waves and their sizes change the cost, never the label; they count because evidence does.
+        "performance": [config.performance.model_dump(), verification, teacher, config.seed],
+        "reasoning": [
+            config.reasoning.model_dump(exclude={"duplicate_threshold"}),
+            verification,
+            teacher,
+            reasoner,
+            config.seed,
+        ],
+        TRACES: [config.reasoning.duplicate_threshold],
+        "answers": [config.direct.model_dump(), teacher, config.seed],
+    }
+    return recipes[stage]
+
+
+def _identity(endpoint: EndpointConfig) -> list[object]:
+    return [endpoint.model, endpoint.revision, endpoint.extra_body, endpoint.max_image_pixels]
+
+
+def read_source_shard(runtime: Runtime, unit: Unit, progress: Progress) -> Marker:
+    """Reads one unit of a source into samples. Raises SourceError: the whole source is unreadable."""
+    config, shard = runtime.config, shard_name(unit)
+    source = next(source for source in config.sources if source.name == unit.source)
+    shaped_by = [unit.digest, unit.num_rows, source.model_dump(exclude={"max_rows"})]
+    digest = stage_digest(SOURCES, config, shaped_by)
+    marker = runtime.workspace.find_marker(SOURCES, shard, digest)
+    if marker is None:
+        samples, fates = read_unit(unit, config, runtime.images)
+        marker = runtime.workspace.finish_shard(
+            SOURCES, shard, digest=digest, num_in=unit.num_rows, rows=samples_to_table(samples), fates=fates
+        )
+    progress.advance(unit.num_rows)
+    return marker
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """Why a row goes, as a stage that looks across shards decided it."""
+
+    exit: Exit
+    reason: str
+    detail: str
+    resembles: str | None = None
+    similarity: float | None = None
+
+
+def plan_duplicates(runtime: Runtime, shards: Sequence[str]) -> dict[str, Removal]:
+    """Returns the rows to remove, by origin: rows that claim another row's id, exact and near duplicates.
+
+    Holds the texts of all rows in memory, without images.
+    """
+    config = runtime.config.duplicates
+    rows = [DuplicateRow.from_sample(sample) for sample in _samples(runtime, shards)]
+    removals = {clash.origin: Removal(Exit.QUARANTINED, clash.reason, clash.detail) for clash in clashing_ids(rows)}
+    if config.exact or config.near:
+        for duplicate in find_duplicates([row for row in rows if row.origin not in removals], config):
+            removals[duplicate.origin] = Removal(
+                Exit.DROPPED, duplicate.reason, duplicate.detail, duplicate.resembles, duplicate.similarity
+            )
+    return removals
+
+
+def _samples(runtime: Runtime, shards: Sequence[str]) -> Iterator[Sample]:
+    for shard in shards:
+        yield from table_to_samples(runtime.workspace.read_rows(SOURCES, shard))
+
+
+def remove_duplicates(
+    runtime: Runtime, source: Marker, removals: Mapping[str, Removal], digest: str, progress: Progress
+) -> Marker:
+    """Applies the plan of `plan_duplicates` to one shard."""
+    samples = table_to_samples(runtime.workspace.read_rows(SOURCES, source.shard))
+    rows = [WorkRow(sample) for sample in samples]
+    return _apply_removals(runtime, DUPLICATES, source.shard, rows, removals, digest, progress)
+
+
+def plan_traces(runtime: Runtime, shards: Sequence[str]) -> dict[str, Removal]:
+    """Returns the thinking rows whose trace duplicates another row's, by origin."""
+    traces = []
+    for shard in shards:
+        for row in work_rows(runtime.workspace.read_rows("reasoning", shard)):
+            if row.reasoning:
+                traces.append(Trace(row.sample.origin, row.sample.question, row.reasoning))
+    found = find_duplicate_traces(
+        traces,
+        runtime.config.reasoning.duplicate_threshold,
+    )
+    return {
+        item.id: Removal(
+            Exit.DROPPED,
+            "trace_duplicate",
+            f"its trace is that of {item.resembles} ({item.similarity:.2f} alike)",
+            item.resembles,
+            item.similarity,
+        )
+        for item in found
+    }
+
+
+def remove_traces(
+    runtime: Runtime, before: Marker, removals: Mapping[str, Removal], digest: str, progress: Progress
+) -> Marker:
+    """Applies the plan of `plan_traces` to one shard."""
+    rows = work_rows(runtime.workspace.read_rows("reasoning", before.shard))
+    return _apply_removals(runtime, TRACES, before.shard, rows, removals, digest, progress)
+
+
+def _apply_removals(
+    runtime: Runtime,
+    stage: str,
+    shard: str,
+    rows: Sequence[WorkRow],
+    removals: Mapping[str, Removal],
+    digest: str,
+    progress: Progress,
+) -> Marker:
+    kept, fates = [], []
+    for row in rows:
+        removal = removals.get(row.sample.origin)
+        if removal is None:
+            kept.append(row)
+            continue
+        fates.append(
+            sample_fate(
+                row.sample,
+                stage,
+                removal.exit,
+                removal.reason,
+                removal.detail,
+                resembles=removal.resembles,
+                similarity=removal.similarity,
+            )
+        )
+    marker = runtime.workspace.finish_shard(
+        stage, shard, digest=digest, num_in=len(rows), rows=work_table(kept), fates=fates
+    )
+    progress.advance(len(rows))
+    return marker
+
+
+def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress) -> Marker:
+    """Runs one labelling stage over one shard; every reply is in the shard's journal before it is used.
+
+    Raises TeacherError: the endpoint cannot be used. StorageError: the disk fails.
+    """
+    workspace = runtime.workspace
+    digest = stage_digest(stage, runtime.config, before.output)
+    marker = workspace.find_marker(stage, before.shard, digest)
+    if marker is not None:
+        progress.advance(marker.count.num_in)
+        return marker
+    rows = work_rows(workspace.read_rows(before.stage, before.shard))
+    results, usage = asyncio.run(_label_rows(runtime, stage, before.shard, rows, advance=progress.advance))
+    return workspace.finish_shard(
+        stage,
+        before.shard,
+        digest=digest,
+        num_in=len(rows),
+        rows=work_table(result for result in results if isinstance(result, WorkRow)),
+        fates=[result for result in results if isinstance(result, Fate)],
+        usage=usage,
+    )
+
+
+async def _label_rows(
+    runtime: Runtime, stage: str, shard: str, rows: Sequence[WorkRow], *, advance: Callable[[int], None]
+) -> tuple[list[WorkRow | Fate], dict[str, UsageCount]]:
+    """Returns the result of each row in order, and the usage by purpose."""
+    label = LABELLING[stage]
+
+    async def label_one(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+        result = await label(row, desk)
+        advance(1)
+        return result
+
+    with open_journal(runtime.workspace.journal_path(stage, shard)) as journal:
+        async with open_desk(runtime, journal) as (desk, askers):
+            tasks = [asyncio.create_task(label_one(row, desk)) for row in rows]
+            try:
+                results = await asyncio.gather(*tasks)
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+            finally:
+                runtime.count_calls(sum(asker.num_new_calls for asker in askers))
+            usage: dict[str, UsageCount] = {}
+            for asker in askers:
+                for purpose, count in asker.usage.items():
+                    usage[purpose] = usage.get(purpose, UsageCount()) + count
+            return results, usage

@@ -1,0 +1,214 @@
+"""The work folder of a run: where every stage keeps its shards, and how a stage knows that a shard is done.
+
+    {workdir}/images/               content-addressed image store
+    {workdir}/stages/{stage}/       per shard: rows (.parquet), fates (.fates.parquet), marker (.json)
+    {workdir}/journals/{stage}/     per shard: every teacher reply
+    {workdir}/corpus/               the versions
+
+A shard of a stage is done when its marker exists, names the digest of everything that shaped it (recipe and input),
+and its files are there. Markers are written last, by renaming, so a run killed at any moment starts again where it
+was; a changed setting changes the digest and redoes exactly the stages that depend on it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from schemas.errors import StorageError
+from schemas.fates import FATE_SCHEMA, Fate, StageCount, count_stage, fates_to_table
+
+
+def digest_of(*parts: object) -> str:
+    """Returns the sha256 (hex) of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class UsageCount:
+    """What the replies behind a shard cost, whether they were paid now or in an earlier run."""
+
+    num_calls: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+    def __add__(self, other: UsageCount) -> UsageCount:
+        return UsageCount(
+            self.num_calls + other.num_calls,
+            self.prompt_tokens + other.prompt_tokens,
+            self.completion_tokens + other.completion_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """The record that a shard of a stage is done.
+
+    digest: what shaped it. output: sha256 of its rows and fates. usage: by purpose.
+    """
+
+    stage: str
+    shard: str
+    digest: str
+    output: str
+    count: StageCount
+    usage: Mapping[str, UsageCount]
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "shard": self.shard,
+            "digest": self.digest,
+            "output": self.output,
+            "count": self.count.to_record(),
+            "usage": {
+                purpose: [u.num_calls, u.prompt_tokens, u.completion_tokens]
+                for purpose, u in sorted(self.usage.items())
+            },
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> Marker:
+        usage = {purpose: UsageCount(*counts) for purpose, counts in record["usage"].items()}
+        count = StageCount.from_record(record["count"])
+        return cls(record["stage"], record["shard"], record["digest"], record["output"], count, usage)
+
+
+class Workspace:
+    """The files of one work folder."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    @property
+    def images(self) -> Path:
+        return self.root / "images"
+
+    def rows_path(self, stage: str, shard: str) -> Path:
+        return self.root / "stages" / stage / f"{shard}.parquet"
+
+    def fates_path(self, stage: str, shard: str) -> Path:
+        return self.root / "stages" / stage / f"{shard}.fates.parquet"
+
+    def marker_path(self, stage: str, shard: str) -> Path:
+        return self.root / "stages" / stage / f"{shard}.json"
+
+    def journal_path(self, stage: str, shard: str) -> Path:
+        return self.root / "journals" / stage / f"{shard}.journal"
+
+    def find_marker(self, stage: str, shard: str, digest: str) -> Marker | None:
+        """Returns the marker of a shard that is done under this digest, else None."""
+        marker = self.read_marker(stage, shard)
+        if marker is None or marker.digest != digest:
+            return None
+        files = (self.rows_path(stage, shard), self.fates_path(stage, shard))
+        return marker if all(path.exists() for path in files) else None
+
+    def read_marker(self, stage: str, shard: str) -> Marker | None:
+        """Returns the marker of a shard whatever its digest, or None. A damaged marker counts as none."""
+        try:
+            return Marker.from_record(json.loads(self.marker_path(stage, shard).read_text(encoding="utf-8")))
+        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+            return None
+
+    def read_rows(self, stage: str, shard: str) -> pa.Table:
+        return self._read(self.rows_path(stage, shard))
+
+    def read_fates(self, stage: str, shard: str) -> pa.Table:
+        return self._read(self.fates_path(stage, shard))
+
+    def _read(self, path: Path) -> pa.Table:
+        try:
+            return pq.read_table(path)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise StorageError(f"cannot read {path}: {error}; delete it to have it made again") from error
+
+    def finish_shard(
+        self,
+        stage: str,
+        shard: str,
+        *,
+        digest: str,
+        num_in: int,
+        rows: pa.Table,
+        fates: Sequence[Fate],
+        usage: Mapping[str, UsageCount] | None = None,
+    ) -> Marker:
+        """Writes rows, fates and, last, the marker of a shard, and asserts that no row was lost.
+
+        Raises StorageError: the files could not be written; nothing counts as done then.
+        """
+        count = count_stage(num_in, rows.num_rows, fates)
+        count.check(f"{stage}/{shard}")
+        output = hashlib.sha256()
+        for path, table in (
+            (self.rows_path(stage, shard), rows),
+            (self.fates_path(stage, shard), fates_to_table(fates)),
+        ):
+            output.update(write_table(path, table))
+        marker = Marker(stage, shard, digest, output.hexdigest(), count, dict(usage or {}))
+        content = json.dumps(marker.to_record(), sort_keys=True).encode()
+        write_file(self.marker_path(stage, shard), content)
+        return marker
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the work folder for this process, so that two runs never write it at once.
+
+        Raises StorageError: another run holds it, or the folder cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise StorageError(f"cannot use the work folder {self.root}: {error.strerror or error}") from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise StorageError(f"another run is at work in {self.root}; wait for it or choose another") from error
+            yield
+        finally:
+            os.close(descriptor)
+
+
+def write_table(path: Path, table: pa.Table) -> bytes:
+    """Writes a Parquet file under its final name only when it is whole and on disk; returns its sha256."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    content = sink.getvalue().to_pybytes()
+    write_file(path, content)
+    return hashlib.sha256(content).digest()
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file by way of a temporary name, synced before the rename.
+
+    Raises StorageError: naming the file and the system's reason, e.g. no space left.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; free the space and start again") from error
+
+
+def concat_fates(tables: Sequence[pa.Table]) -> pa.Table:
+    """Returns all fates as one table with `FATE_SCHEMA`."""
+    return pa.concat_tables(tables) if tables else FATE_SCHEMA.empty_table()

@@ -1,0 +1,365 @@
+"""Scenes and questions of the sample world, each with its truth and worked steps.
+
+A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digit from 0 to 9, and a dot whose colour
+names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
+
+- *glance*: answered by looking (a digit, a colour, a place, a count, a comparison).
+- *steps*: a running result over several cells, "double, add the cell's number, keep the last two digits". Doubling
+  makes every cell matter to both digits, so that a guess is right once in a hundred and the answer cannot be had
+  without the intermediate results. The cells are named by colour (`chain`), along two rows or columns (`rows`), or
+  found by following the dots (`path`).
+- *open*: describe the scene (a glance), or explain how a running result comes about (steps).
+"""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from schemas.samples import AnswerType, Kind, Topic
+
+CELL_PIXELS = 28
+GRID_CELLS = 3
+COLOURS = {
+    "red": (255, 0, 0),
+    "green": (0, 150, 0),
+    "blue": (0, 0, 255),
+    "yellow": (255, 255, 0),
+    "pink": (255, 0, 255),
+    "cyan": (0, 255, 255),
+    "orange": (255, 128, 0),
+    "white": (255, 255, 255),
+    "black": (0, 0, 0),
+}
+PLACES = (
+    "top left",
+    "top middle",
+    "top right",
+    "middle left",
+    "centre",
+    "middle right",
+    "bottom left",
+    "bottom middle",
+    "bottom right",
+)
+LINES = {
+    "top row": (0, 1, 2),
+    "middle row": (3, 4, 5),
+    "bottom row": (6, 7, 8),
+    "left column": (0, 3, 6),
+    "middle column": (1, 4, 7),
+    "right column": (2, 5, 8),
+}
+_SEGMENTS = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
+_SEGMENT_BOXES = {
+    "a": (1, 2, 12, 5),
+    "b": (9, 2, 12, 14),
+    "c": (9, 12, 12, 25),
+    "d": (1, 22, 12, 25),
+    "e": (1, 12, 4, 25),
+    "f": (1, 2, 4, 14),
+    "g": (1, 12, 12, 15),
+}
+_PAPER, _INK = (255, 255, 255), (0, 0, 0)
+_PLATE = (0, 0, 13, 27)
+_DOT = (17, 9, 25, 18)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """colours[i], digits[i], dots[i]: what cell i shows, cells counted row by row from the top left."""
+
+    colours: tuple[str, ...]
+    digits: tuple[int, ...]
+    dots: tuple[str, ...]
+
+    def cell_of(self, colour: str) -> int:
+        return self.colours.index(colour)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One question about a scene with its truth.
+
+    family: which generator made it. steps: the worked steps, "" where a glance is enough. answer: the reference; for
+    a choice the letter. needs_steps: what a perfect difficulty judge would say.
+    """
+
+    family: str
+    question: str
+    answer: str
+    kind: Kind
+    answer_type: AnswerType
+    topic: Topic
+    steps: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def needs_steps(self) -> bool:
+        return bool(self.steps)
+
+
+def draw_scene(rng: random.Random) -> Scene:
+    """Returns a random scene; the dots form one cycle through the nine cells."""
+    colours = list(COLOURS)
+    rng.shuffle(colours)
+    cycle = list(colours)
+    rng.shuffle(cycle)
+    following = {colour: cycle[(i + 1) % len(cycle)] for i, colour in enumerate(cycle)}
+    return Scene(tuple(colours), tuple(rng.randrange(10) for _ in colours), tuple(following[c] for c in colours))
+
+
+def render_scene(scene: Scene) -> bytes:
+    """Returns the scene as PNG bytes, 84 x 84 pixels.
+
+    A cell of 28 x 28 pixels holds a white plate with the digit in seven thick black segments, and the dot beside it.
+    """
+    side = CELL_PIXELS * GRID_CELLS
+    image = Image.new("RGB", (side, side))
+    draw = ImageDraw.Draw(image)
+    for cell, (colour, digit, dot) in enumerate(zip(scene.colours, scene.digits, scene.dots, strict=True)):
+        x, y = cell % GRID_CELLS * CELL_PIXELS, cell // GRID_CELLS * CELL_PIXELS
+        draw.rectangle((x, y, x + CELL_PIXELS - 1, y + CELL_PIXELS - 1), fill=COLOURS[colour])
+        draw.rectangle(_moved(_PLATE, x, y), fill=_PAPER)
+        for segment in _SEGMENTS[digit]:
+            draw.rectangle(_moved(_SEGMENT_BOXES[segment], x, y), fill=_INK)
+        draw.rectangle(_moved(_DOT, x, y), fill=COLOURS[dot])
+    stream = io.BytesIO()
+    image.save(stream, format="PNG")
+    return stream.getvalue()
+
+
+def _moved(box: tuple[int, int, int, int], x: int, y: int) -> tuple[int, int, int, int]:
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def running_result(digits: list[int]) -> list[int]:
+    """Returns the results after each cell: the first digit, then twice the result plus the digit, modulo 100."""
+    results = [digits[0]]
+    for digit in digits[1:]:
+        results.append((2 * results[-1] + digit) % 100)
+    return results
+
+
+def _worked(names: list[str], digits: list[int]) -> str:
+    results = running_result(digits)
+    lines = [f"{names[0]} is {digits[0]}."]
+    for name, digit, before, after in zip(names[1:], digits[1:], results, results[1:], strict=False):
+        lines.append(f"{name} is {digit}: {2 * before % 100} + {digit} = {after}.")
+    return "\n".join(lines)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def ask_digit(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    name = scene.colours[cell]
+    question = rng.choice(
+        [
+            f"What number is in the {name} cell?",
+            f"Which digit does the {name} cell show?",
+            f"Read the number in the {name} cell.",
+            f"The {name} cell shows which number?",
+        ]
+    )
+    return Task("digit", question, str(scene.digits[cell]), Kind.OBJECTIVE, AnswerType.NUMBER, Topic.OCR)
+
+
+def ask_place_digit(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    question = rng.choice(
+        [
+            f"What number is in the {PLACES[cell]} cell?",
+            f"Which digit does the {PLACES[cell]} cell show?",
+            f"Read the number at the {PLACES[cell]}.",
+        ]
+    )
+    return Task("place_digit", question, str(scene.digits[cell]), Kind.OBJECTIVE, AnswerType.NUMBER, Topic.OCR)
+
+
+def ask_colour(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    question = rng.choice(
+        [
+            f"What colour is the {PLACES[cell]} cell?",
+            f"Which colour does the cell at the {PLACES[cell]} have?",
+            f"Name the colour of the {PLACES[cell]} cell.",
+        ]
+    )
+    return Task("colour", question, scene.colours[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
+
+
+def ask_dot(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    name = scene.colours[cell]
+    question = rng.choice(
+        [
+            f"What colour is the dot in the {name} cell?",
+            f"Which colour is the dot of the {name} cell?",
+            f"Name the colour of the dot in the {name} cell.",
+        ]
+    )
+    return Task("dot", question, scene.dots[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
+
+
+def ask_place(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    name = scene.colours[cell]
+    question = rng.choice(
+        [f"Where is the {name} cell?", f"At which place is the {name} cell?", f"Find the {name} cell."]
+    )
+    return Task("place", question, PLACES[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GROUNDING)
+
+
+def ask_count(scene: Scene, rng: random.Random) -> Task:
+    digit = rng.choice(scene.digits) if rng.random() < 0.8 else rng.randrange(10)
+    question = rng.choice(
+        [
+            f"How many cells show the number {digit}?",
+            f"Count the cells with the number {digit}.",
+            f"How often does the number {digit} appear?",
+        ]
+    )
+    count = scene.digits.count(digit)
+    return Task("count", question, str(count), Kind.OBJECTIVE, AnswerType.COUNT, Topic.GENERAL)
+
+
+def ask_is(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    name, digit = scene.colours[cell], scene.digits[cell]
+    bound = rng.randrange(1, 9)
+    question = rng.choice(
+        [f"Is the number in the {name} cell greater than {bound}?", f"Does the {name} cell show more than {bound}?"]
+    )
+    answer = "yes" if digit > bound else "no"
+    return Task("is", question, answer, Kind.OBJECTIVE, AnswerType.BOOLEAN, Topic.GENERAL)
+
+
+def ask_choice(scene: Scene, rng: random.Random) -> Task:
+    cell = rng.randrange(9)
+    name = scene.colours[cell]
+    if rng.random() < 0.5:
+        truth, pool = str(scene.digits[cell]), [str(digit) for digit in range(10)]
+        question = rng.choice([f"Which number is in the {name} cell?", f"What does the {name} cell show?"])
+    else:
+        truth, pool = scene.dots[cell], list(COLOURS)
+        question = rng.choice([f"Which dot is in the {name} cell?", f"What is the dot of the {name} cell?"])
+    options = [truth, *rng.sample([item for item in pool if item != truth], 3)]
+    rng.shuffle(options)
+    letter = "ABCD"[options.index(truth)]
+    return Task("choice", question, letter, Kind.OBJECTIVE, AnswerType.CHOICE, Topic.GENERAL, choices=tuple(options))
+
+
+_RULE = (
+    "double the result and add the number, keeping the last two digits",
+    "double what you have and add the cell's number, keeping two digits",
+    "take twice the result plus the number and keep the last two digits",
+)
+
+
+def ask_chain(scene: Scene, rng: random.Random) -> Task:
+    names = rng.sample(list(COLOURS), rng.choice([5, 6]))
+    rule = rng.choice(_RULE)
+    question = rng.choice(
+        [
+            f"Start with the {names[0]} cell. For {_listed(names[1:])} in turn, {rule}. What is the result?",
+            f"Go through the cells {_listed(names)}. At each cell after the first, {rule}. What do you get?",
+        ]
+    )
+    digits = [scene.digits[scene.cell_of(name)] for name in names]
+    return _steps_task("chain", question, _worked(names, digits), digits)
+
+
+def ask_rows(scene: Scene, rng: random.Random) -> Task:
+    rows = rng.random() < 0.5
+    first, second = rng.sample([name for name in LINES if name.endswith("row") == rows], 2)
+    rule = rng.choice(_RULE)
+    question = rng.choice(
+        [
+            f"Go along the {first} and then the {second}. At each cell after the first, {rule}. What is the result?",
+            f"Read the {first} and then the {second}. After the first number, {rule}. What do you get?",
+        ]
+    )
+    cells = [*LINES[first], *LINES[second]]
+    digits = [scene.digits[cell] for cell in cells]
+    return _steps_task("rows", question, _worked([PLACES[cell] for cell in cells], digits), digits)
+
+
+def _walk(scene: Scene, rng: random.Random) -> tuple[list[str], list[int]]:
+    name = rng.choice(list(COLOURS))
+    names = [name]
+    for _ in range(rng.choice([4, 5])):
+        name = scene.dots[scene.cell_of(name)]
+        names.append(name)
+    return names, [scene.digits[scene.cell_of(name)] for name in names]
+
+
+def ask_path(scene: Scene, rng: random.Random) -> Task:
+    names, digits = _walk(scene, rng)
+    rule = rng.choice(_RULE)
+    question = rng.choice(
+        [
+            f"Start at the {names[0]} cell and follow the dots for {len(names) - 1} steps. At each, {rule}. "
+            "What is the result?",
+            f"From the {names[0]} cell, go where the dot points, {len(names) - 1} times. Each time, {rule}. "
+            "What do you get?",
+        ]
+    )
+    return _steps_task("path", question, _worked(names, digits), digits)
+
+
+def _steps_task(family: str, question: str, steps: str, digits: list[int]) -> Task:
+    result = str(running_result(digits)[-1])
+    return Task(family, question, result, Kind.OBJECTIVE, AnswerType.NUMBER, Topic.MATH, steps)
+
+
+def ask_describe(scene: Scene, rng: random.Random) -> Task:
+    question = rng.choice(
+        [
+            "Describe the picture.",
+            "What does the picture show?",
+            "Describe every cell of the image.",
+            "Caption this image.",
+        ]
+    )
+    cells = zip(PLACES, scene.colours, scene.digits, scene.dots, strict=True)
+    answer = "\n".join(f"{place}: {colour}, {digit}, {dot} dot." for place, colour, digit, dot in cells)
+    return Task("describe", question, answer, Kind.SUBJECTIVE, AnswerType.OPEN, Topic.CAPTION)
+
+
+def ask_explain(scene: Scene, rng: random.Random) -> Task:
+    names, digits = _walk(scene, rng)
+    rule = rng.choice(_RULE)
+    question = rng.choice(
+        [
+            f"Explain what happens if you follow the dots {len(names) - 1} times from the {names[0]} cell and "
+            f"each time {rule}.",
+            f"From the {names[0]} cell you follow the dots {len(names) - 1} times and each time {rule}. "
+            "Explain where this leads and why.",
+        ]
+    )
+    results = running_result(digits)
+    answer = f"The dots lead from {names[0]} to {names[-1]}, and the result goes from {results[0]} to {results[-1]}."
+    steps = _worked(names, digits)
+    return Task("explain", question, answer, Kind.SUBJECTIVE, AnswerType.OPEN, Topic.GENERAL, steps)
+
+
+Asker = Callable[[Scene, random.Random], Task]
+GLANCE: dict[str, Asker] = {
+    "digit": ask_digit,
+    "place_digit": ask_place_digit,
+    "colour": ask_colour,
+    "dot": ask_dot,
+    "place": ask_place,
+    "count": ask_count,
+    "is": ask_is,
+    "choice": ask_choice,
+}
+STEPS: dict[str, Asker] = {"chain": ask_chain, "rows": ask_rows, "path": ask_path}
+OPEN: dict[str, Asker] = {"describe": ask_describe, "explain": ask_explain}
