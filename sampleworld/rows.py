@@ -1,6 +1,6 @@
 """Draws training rows from the sample world: the corpus that makes the bundled teacher.
 
-Three recipes, to be trained on in this order. `reading` is dense and terse: whole scenes read cell by cell, and look-ups
+Three recipes, trained on in this order. `reading` is dense and terse: whole scenes read cell by cell, and look-ups
 of all cells in random order; a small model only begins to see with this. `looking` says the same in sentences and adds
 the glance questions. `teacher` holds every family in both modes, with and without the pipeline's own instructions, and
 the pipeline's own judge prompts with their truth.
@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from judges.prompts import ANSWER_INSTRUCTION, CHOICE_INSTRUCTION, fence, prompt
-from sampleworld.world import COLOURS, GLANCE, OPEN, PLACES, STEPS, Scene, Task, draw_scene, render_scene
+from sampleworld.world import COLOURS, GLANCE, OPEN, STEPS, Scene, Task, draw_scene, render_scene
 from schemas.question import OPTION_LETTERS
 from schemas.samples import Kind, Topic
 from schemas.template import render_completion
@@ -71,19 +71,21 @@ def reading_row(scene: Scene, rng: random.Random) -> TrainingRow:
 
 def looking_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a dense row in the words of the worked steps, all cells in random order, or a glance question."""
-    if rng.random() < 0.6:
-        task = GLANCE[rng.choice(list(GLANCE))](scene, rng)
-        return answered_row(task, rng, thinks=False)
+    if rng.random() < 0.8:
+        return answered_row(glance_task(scene, rng), rng, thinks=False)
     cells = rng.sample(range(9), 9)
-    what = rng.randrange(3)
-    if what == 0:
+    if rng.random() < 0.5:
         facts = [f"{scene.colours[c]} is {scene.digits[c]}." for c in cells]
-    elif what == 1:
-        facts = [f"{PLACES[c]} is {scene.digits[c]}." for c in cells]
-    else:
-        facts = [f"{PLACES[c]}: {scene.colours[c]}, {scene.digits[c]}, {scene.dots[c]} dot." for c in cells[:5]]
-    user = ("List the cells by colour.", "List the cells by place.", "Describe some cells.")[what]
-    return TrainingRow("", user, render_completion("\n".join(facts)))
+        return TrainingRow("", "List the numbers.", render_completion("\n".join(facts)))
+    facts = [f"{scene.colours[c]} has a {scene.dots[c]} dot." for c in cells]
+    return TrainingRow("", "List the dots.", render_completion("\n".join(facts)))
+
+
+def glance_task(scene: Scene, rng: random.Random) -> Task:
+    """Returns a glance question; those that take more than one look-up come twice as often."""
+    families = list(GLANCE)
+    weights = [1 if family in {"digit", "dot"} else 2 for family in families]
+    return GLANCE[rng.choices(families, weights)[0]](scene, rng)
 
 
 def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow:
@@ -99,8 +101,8 @@ def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow
 def question_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a question of any family in either mode; questions that need steps mostly get them."""
     sort = rng.random()
-    families = STEPS if sort < 0.6 else GLANCE if sort < 0.92 else OPEN
-    task = families[rng.choice(list(families))](scene, rng)
+    families = STEPS if sort < 0.65 else OPEN
+    task = glance_task(scene, rng) if sort >= 0.8 else families[rng.choice(list(families))](scene, rng)
     return answered_row(task, rng, thinks=rng.random() < (0.85 if task.needs_steps else 0.1))
 
 
@@ -143,11 +145,11 @@ def draw_rows(recipe: str, *, seed: int, num_rows: int) -> Iterator[tuple[Traini
         image = render_scene(scene)
         for _ in range(min(4, num_rows - start)):
             sort = rng.random()
-            if recipe == "reading" or sort < 0.1:
+            if recipe == "reading" or sort < 0.05:
                 row = reading_row(scene, rng)
-            elif recipe == "looking" or sort < 0.2:
+            elif recipe == "looking" or sort < 0.25:
                 row = looking_row(scene, rng)
-            elif sort < 0.3:
+            elif sort < 0.37:
                 row = judge_row(scene, rng)
             else:
                 row = question_row(scene, rng)

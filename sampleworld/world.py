@@ -3,11 +3,10 @@
 A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digit from 0 to 9, and a dot whose colour
 names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
 
-- *glance*: answered by looking (a digit, a colour, a place, a count, a comparison).
+- *glance*: answered by looking (a digit, a colour, a count, a comparison, a choice of options).
 - *steps*: a running result over several cells, "double, add the cell's number, keep the last two digits". Doubling
   makes every cell matter to both digits, so that a guess is right once in a hundred and the answer cannot be had
-  without the intermediate results. The cells are named by colour (`chain`), along two rows or columns (`rows`), or
-  found by following the dots (`path`).
+  without the intermediate results. The cells are named by colour (`chain`) or found by following the dots (`path`).
 - *open*: describe the scene (a glance), or explain how a running result comes about (steps).
 """
 
@@ -46,14 +45,6 @@ PLACES = (
     "bottom middle",
     "bottom right",
 )
-LINES = {
-    "top row": (0, 1, 2),
-    "middle row": (3, 4, 5),
-    "bottom row": (6, 7, 8),
-    "left column": (0, 3, 6),
-    "middle column": (1, 4, 7),
-    "right column": (2, 5, 8),
-}
 _SEGMENTS = ("abcdef", "bc", "abged", "abgcd", "fgbc", "afgcd", "afgedc", "abc", "abcdefg", "abcdfg")
 _SEGMENT_BOXES = {
     "a": (1, 2, 12, 5),
@@ -171,30 +162,6 @@ def ask_digit(scene: Scene, rng: random.Random) -> Task:
     return Task("digit", question, str(scene.digits[cell]), Kind.OBJECTIVE, AnswerType.NUMBER, Topic.OCR)
 
 
-def ask_place_digit(scene: Scene, rng: random.Random) -> Task:
-    cell = rng.randrange(9)
-    question = rng.choice(
-        [
-            f"What number is in the {PLACES[cell]} cell?",
-            f"Which digit does the {PLACES[cell]} cell show?",
-            f"Read the number at the {PLACES[cell]}.",
-        ]
-    )
-    return Task("place_digit", question, str(scene.digits[cell]), Kind.OBJECTIVE, AnswerType.NUMBER, Topic.OCR)
-
-
-def ask_colour(scene: Scene, rng: random.Random) -> Task:
-    cell = rng.randrange(9)
-    question = rng.choice(
-        [
-            f"What colour is the {PLACES[cell]} cell?",
-            f"Which colour does the cell at the {PLACES[cell]} have?",
-            f"Name the colour of the {PLACES[cell]} cell.",
-        ]
-    )
-    return Task("colour", question, scene.colours[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
-
-
 def ask_dot(scene: Scene, rng: random.Random) -> Task:
     cell = rng.randrange(9)
     name = scene.colours[cell]
@@ -206,15 +173,6 @@ def ask_dot(scene: Scene, rng: random.Random) -> Task:
         ]
     )
     return Task("dot", question, scene.dots[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
-
-
-def ask_place(scene: Scene, rng: random.Random) -> Task:
-    cell = rng.randrange(9)
-    name = scene.colours[cell]
-    question = rng.choice(
-        [f"Where is the {name} cell?", f"At which place is the {name} cell?", f"Find the {name} cell."]
-    )
-    return Task("place", question, PLACES[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GROUNDING)
 
 
 def ask_count(scene: Scene, rng: random.Random) -> Task:
@@ -274,21 +232,6 @@ def ask_chain(scene: Scene, rng: random.Random) -> Task:
     )
     digits = [scene.digits[scene.cell_of(name)] for name in names]
     return _steps_task("chain", question, _worked(names, digits), digits)
-
-
-def ask_rows(scene: Scene, rng: random.Random) -> Task:
-    rows = rng.random() < 0.5
-    first, second = rng.sample([name for name in LINES if name.endswith("row") == rows], 2)
-    rule = rng.choice(_RULE)
-    question = rng.choice(
-        [
-            f"Go along the {first} and then the {second}. At each cell after the first, {rule}. What is the result?",
-            f"Read the {first} and then the {second}. After the first number, {rule}. What do you get?",
-        ]
-    )
-    cells = [*LINES[first], *LINES[second]]
-    digits = [scene.digits[cell] for cell in cells]
-    return _steps_task("rows", question, _worked([PLACES[cell] for cell in cells], digits), digits)
 
 
 def _walk(scene: Scene, rng: random.Random) -> tuple[list[str], list[int]]:
@@ -353,13 +296,10 @@ def ask_explain(scene: Scene, rng: random.Random) -> Task:
 Asker = Callable[[Scene, random.Random], Task]
 GLANCE: dict[str, Asker] = {
     "digit": ask_digit,
-    "place_digit": ask_place_digit,
-    "colour": ask_colour,
     "dot": ask_dot,
-    "place": ask_place,
     "count": ask_count,
     "is": ask_is,
     "choice": ask_choice,
 }
-STEPS: dict[str, Asker] = {"chain": ask_chain, "rows": ask_rows, "path": ask_path}
+STEPS: dict[str, Asker] = {"chain": ask_chain, "path": ask_path}
 OPEN: dict[str, Asker] = {"describe": ask_describe, "explain": ask_explain}

@@ -201,8 +201,8 @@ class CorpusConfig(_Section):
 class PricesConfig(_Section):
     """Prices for the cost table, in any currency, per million tokens."""
 
-    prompt: float = Field(0.0, ge=0)
-    completion: float = Field(0.0, ge=0)
+    prompt: float = Field(0.0, ge=0, description="Price of prompt tokens.")
+    completion: float = Field(0.0, ge=0, description="Price of completion tokens.")
 
 
 class RunConfig(_Section):

@@ -1,0 +1,74 @@
+"""Files that are either whole or absent: written under a temporary name, flushed to the disk, renamed.
+
+Every failure of the disk becomes a `StorageError` that names the file and, for a full disk, says so.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from schemas.errors import StorageError
+
+_CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def storage_errors(path: Path, action: str) -> Iterator[None]:
+    """Turns an OSError of the block into a StorageError: "cannot {action} {path}: reason"."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = " (the disk is full: free some space and run again)" if is_full else ""
+        raise StorageError(f"cannot {action} {path}: {error.strerror or error}{hint}") from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary name beside `path`; when the block succeeds, the file written there takes the final name.
+
+    Its bytes reach the disk before the rename, so a crash leaves the old file or the new one, never half a file.
+    The temporary name starts with a dot and ends in .tmp, so no pattern for shards matches it.
+
+    Raises StorageError: when the disk fails. The temporary file is removed whatever fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with storage_errors(path, "write"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file or the entries of a folder to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, whole or not at all. Raises StorageError."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 (hex) of a file's bytes. Raises StorageError when it cannot be read."""
+    digest = hashlib.sha256()
+    with storage_errors(path, "read"), path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,95 @@
+"""Trains the bundled teacher from nothing: draws its rows, builds a small Qwen2.5-VL and anneals it three times.
+
+The work lies in a folder of its own and goes on where it was when it is started again. The finished checkpoint replaces
+sampleworld/teacher only at the end. `python -m sampleworld.evaluate` then measures it.
+
+    python -m sampleworld.make_teacher --work .local/teacher
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from sampleworld.rows import RECIPES
+
+HERE = Path(__file__).parent
+CPU_SITE = HERE.parent / "teacher" / "cpu_site"
+"""Lets the Qwen2.5-VL code of transformers import PyPI's torchvision beside a CPU build of torch."""
+
+
+def run_program(*arguments: str) -> None:
+    """Runs one of the project's programs with this Python. Raises SystemExit: with its status, if it fails."""
+    path = os.pathsep.join([str(CPU_SITE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    print(f"[teacher] {' '.join(arguments)}", file=sys.stderr, flush=True)
+    status = subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path}, check=False)
+    if status.returncode:
+        raise SystemExit(status.returncode)
+
+
+def write_settings(work: Path, recipe: str, model: Path) -> Path:
+    """Writes the configuration of one annealing run: the recipe's settings with the folders of this work."""
+    settings = yaml.safe_load((HERE / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    settings |= {
+        "model": str(model),
+        "corpus": [str(work / "rows" / f"{recipe}.parquet")],
+        "output": str(work / recipe),
+    }
+    path = work / f"{recipe}.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+def num_rows(recipe: str) -> int:
+    """Returns the rows that a run reads: one pass, no row twice."""
+    settings = yaml.safe_load((HERE / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    return int(settings["batch_size"]) * int(settings["max_steps"])
+
+
+def make_teacher(work: Path, out: Path) -> None:
+    """Makes the teacher in `work` and puts its checkpoint at `out`."""
+    work.mkdir(parents=True, exist_ok=True)
+    model = work / "scratch"
+    if not (work / "rows" / "done").exists():
+        sizes = [f"--{recipe}-rows={num_rows(recipe)}" for recipe in RECIPES]
+        run_program("sampleworld.rows", "--out", str(work / "rows"), *sizes)
+        (work / "rows" / "done").touch()
+    if not (model / "processor_config.json").exists():
+        run_program("training.scratch", "--texts", str(work / "rows" / "texts.txt"), "--out", str(model))
+    for recipe in RECIPES:
+        started = time.monotonic()
+        run_program("training.annealing", "--config", str(write_settings(work, recipe, model)))
+        model = work / recipe / "model"
+        print(f"[teacher] {recipe}: {time.monotonic() - started:,.0f} s", file=sys.stderr, flush=True)
+    install(model, out)
+
+
+def install(model: Path, out: Path) -> None:
+    """Puts what serving needs of a checkpoint at `out`, in place of what was there."""
+    fresh = out.with_name(f"{out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    for path in sorted(model.iterdir()):
+        if path.suffix in {".json", ".jinja", ".safetensors"}:
+            (fresh / path.name).write_bytes(path.read_bytes())
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path(".local/teacher"), help="folder of the work")
+    parser.add_argument("--out", type=Path, default=HERE / "teacher", help="folder of the finished checkpoint")
+    arguments = parser.parse_args()
+    make_teacher(arguments.work, arguments.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Shards: what a trainer reads, what is quarantined, and the same bytes every time."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from corpus import writer
+from corpus.writer import corpus_record, shard_path, write_corpus_shard, write_fates, write_shards
+from schemas.errors import RowError, StorageError
+from schemas.fates import FATE_SCHEMA
+from schemas.rows import CORPUS_SCHEMA
+from schemas.template import parse_completion
+from schemas.verdicts import Decision, Heuristic, Mode
+
+
+def write(world: Any, rows: list[Any], path: Path) -> Any:
+    return write_corpus_shard(rows, path, read_image=world.read_image, recipe="r")
+
+
+def test_a_row_is_written_as_chat_messages_with_its_images_inside(world: Any, tmp_path: Path) -> None:
+    row = world.row(
+        1, reasoning="3 + 4 = 7", colours=("red", "blue"), question="How many?", choices=("6", "7"), answer="B"
+    )
+    shard = write(world, [row], tmp_path / "00000.parquet")
+    record = pq.read_table(tmp_path / "00000.parquet").to_pylist()[0]
+    image = {"type": "image", "text": None}
+    assert record["prompt"] == [
+        {"role": "user", "content": [image, image, {"type": "text", "text": "How many?\nA. 6\nB. 7"}]}
+    ]
+    text = "<think>\n3 + 4 = 7\n</think>B"
+    assert record["completion"] == [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+    assert [i["bytes"] for i in record["images"]] == [world.store[i.sha256] for i in row.sample.images]
+    assert (record["mode"], record["recipe"], record["reference"], record["topic"]) == ("think", "r", "B", "math")
+    assert (shard.num_think, shard.num_direct, shard.fates) == (1, 0, ())
+
+
+def test_a_direct_row_has_an_empty_think_block_and_a_text_only_row_no_images(world: Any, tmp_path: Path) -> None:
+    write(world, [world.row(1, colours=())], tmp_path / "s.parquet")
+    record = pq.read_table(tmp_path / "s.parquet").to_pylist()[0]
+    assert record["completion"][0]["content"][0]["text"] == "<think>\n\n</think>7"
+    assert record["images"] == []
+    assert [part["type"] for part in record["prompt"][0]["content"]] == ["text"]
+
+
+def test_the_columns_are_the_schema_and_images_are_declared_as_images(world: Any, tmp_path: Path) -> None:
+    write(world, [], tmp_path / "s.parquet")
+    schema = pq.read_schema(tmp_path / "s.parquet")
+    assert schema.remove_metadata() == CORPUS_SCHEMA
+    assert b'"images": {"feature": {"_type": "Image"}' in schema.metadata[b"huggingface"]
+
+
+def test_the_shard_info_describes_the_file(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    shard = write(world, world.rows(think=2, direct=1), path)
+    assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert shard.num_bytes == path.stat().st_size
+    assert (shard.path, shard.num_think, shard.num_direct, shard.num_rows) == (str(path), 2, 1, 3)
+
+
+def test_the_same_rows_give_the_same_bytes(world: Any, tmp_path: Path) -> None:
+    rows = world.rows(think=5, direct=5)
+    first, second = (write(world, rows, tmp_path / name / "00000.parquet") for name in ("a", "b"))
+    assert first.sha256 == second.sha256
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"answer": " \n"}, "answer_empty"),
+        ({"choices": tuple("x" * 27)}, "too_many_choices"),
+        ({"answer": "7</think>8"}, "think_tag_in_text"),
+        ({"reasoning": "First <think> then."}, "think_tag_in_text"),
+        ({"question": "Look: <|image_pad|>"}, "control_token_in_text"),
+        ({"choices": ("a", "b<|im_end|>\n<|im_start|>assistant")}, "control_token_in_text"),
+        ({"question": "half an emoji \ud83d"}, "text_not_unicode"),
+        ({"reasoning": "why", "decision": Decision(Mode.DIRECT, Heuristic.DIFFICULTY)}, "reasoning_unexpected"),
+        ({"reasoning": " ", "decision": Decision(Mode.THINK, Heuristic.DIFFICULTY)}, "reasoning_empty"),
+    ],
+)
+def test_a_row_that_cannot_be_an_example_is_quarantined(
+    world: Any, tmp_path: Path, changes: dict[str, Any], reason: str
+) -> None:
+    shard = write(world, [world.row(1), world.row(2, **changes), world.row(3)], tmp_path / "s.parquet")
+    assert shard.num_rows == 2
+    assert [(fate.reason, fate.origin, fate.exit, fate.stage) for fate in shard.fates] == [
+        (reason, "tests:file#2", "quarantined", "corpus")
+    ]
+    assert write_fates(shard.fates, tmp_path / "fates.parquet") == 1
+
+
+def test_a_missing_or_empty_image_quarantines_its_row_alone(world: Any, tmp_path: Path) -> None:
+    rows = [world.row(1, colours=("red",)), world.row(2, colours=("blue",)), world.row(3, colours=("lime",))]
+    del world.store[rows[0].sample.images[0].sha256]
+    world.store[rows[1].sample.images[0].sha256] = b""
+    shard = write(world, rows, tmp_path / "s.parquet")
+    assert shard.num_rows == 1
+    assert [fate.reason for fate in shard.fates] == ["image_missing", "image_missing"]
+
+
+def test_a_row_larger_than_the_limit_is_quarantined(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "MAX_ROW_BYTES", 10_000)
+    shard = write(world, [world.row(1), world.row(2, question="x" * 2_000)], tmp_path / "s.parquet")
+    assert (shard.num_rows, shard.fates[0].reason) == (1, "row_too_large")
+
+
+def test_a_failing_image_store_stops_with_the_image_named(world: Any, tmp_path: Path) -> None:
+    def broken(sha256: str) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    row = world.row(1)
+    with pytest.raises(StorageError, match=row.sample.images[0].sha256):
+        write_corpus_shard([row], tmp_path / "s.parquet", read_image=broken, recipe="r")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_a_storage_error_and_leaves_the_old_file(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s.parquet"
+    before = write(world, [world.row(1)], path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(StorageError, match="the disk is full"):
+        write(world, [world.row(2)], path)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before.sha256
+    assert [file.name for file in tmp_path.iterdir()] == ["s.parquet"]
+
+
+def test_a_row_group_closes_early_when_its_rows_are_heavy(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "ROW_GROUP_BYTES", 1)
+    write(world, world.rows(think=3, direct=0), tmp_path / "s.parquet")
+    assert pq.read_metadata(tmp_path / "s.parquet").num_row_groups == 3
+
+
+def test_rows_are_split_by_mode_into_shards(world: Any, tmp_path: Path) -> None:
+    rows = world.rows(think=5, direct=1)
+    shards = write_shards(rows, tmp_path, shard_rows=2, read_image=world.read_image, recipe="r")
+    assert [(Path(s.path).relative_to(tmp_path).as_posix(), s.num_think, s.num_direct) for s in shards] == [
+        ("data/direct/00000.parquet", 0, 1),
+        ("data/think/00000.parquet", 2, 0),
+        ("data/think/00001.parquet", 2, 0),
+        ("data/think/00002.parquet", 1, 0),
+    ]
+    ids = [i for n in range(3) for i in pq.read_table(shard_path(tmp_path, Mode.THINK, n))["id"].to_pylist()]
+    assert ids == [row.sample.id for row in rows[:5]]
+
+
+def test_fates_are_written_in_order_with_their_schema(tmp_path: Path, dropped_fate: Any) -> None:
+    assert write_fates((dropped_fate(n) for n in range(3)), tmp_path / "fates.parquet") == 3
+    table = pq.read_table(tmp_path / "fates.parquet")
+    assert table.schema == FATE_SCHEMA
+    assert table["origin"].to_pylist() == ["tests:file#d0", "tests:file#d1", "tests:file#d2"]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(question=st.text(), reasoning=st.text(), answer=st.text())
+def test_a_row_is_either_refused_with_a_reason_or_read_back_as_it_was(
+    world: Any, question: str, reasoning: str, answer: str
+) -> None:
+    row = world.row(1, question=question, reasoning=reasoning, answer=answer)
+    try:
+        record = corpus_record(row, read_image=world.read_image, recipe="r")
+    except RowError:
+        return
+    completion = parse_completion(record["completion"][0]["content"][0]["text"])
+    assert (completion.reasoning, completion.answer) == (reasoning.strip(), answer.strip())
+    assert completion.mode == record["mode"]
+    assert record["prompt"][0]["content"][-1]["text"] == question

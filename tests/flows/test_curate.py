@@ -1,0 +1,255 @@
+"""The whole flow on a real Prefect server, with a scripted teacher and with faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as pq
+import pytest
+
+from corpus.versions import load_manifest, verify_version
+from flows.curate import curate, load_run
+from flows.estimate import estimate_run, render_estimate
+from schemas.errors import (
+    ConfigError,
+    QuarantineExceeded,
+    SourceError,
+    StorageError,
+    TeacherMisconfigured,
+    TeacherUnreachable,
+)
+from schemas.template import parse_completion
+from tests.flows.scripted_world import scripted_answer, write_config, write_questions
+from tests.replay_teacher import ReplayTeacher
+
+pytestmark = pytest.mark.usefixtures("prefect")
+
+
+def run(config: Path) -> dict[str, Any]:
+    result: dict[str, Any] = curate(str(config))
+    return result
+
+
+@pytest.fixture
+def teacher() -> Any:
+    with ReplayTeacher(scripted_answer, models=["scripted"]) as server:
+        yield server
+
+
+def corpus_rows(folder: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for path in sorted(Path(folder, "data").rglob("*.parquet")):
+        rows += pq.read_table(path).to_pylist()
+    return rows
+
+
+def test_every_row_is_in_the_corpus_or_has_a_fate(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in")
+    with questions.open("a", encoding="utf-8") as file:
+        file.write('{"id": "x", "question": ""}\n{"id": "y", "question": "Whose?", "image": "none.png"}\n')
+        file.write('{"id": "0b", "question": "What is the sum of 0 and 0?", "answer": "0"}\n')
+    result = run(write_config(tmp_path, questions, teacher.url))
+    rows = corpus_rows(result["corpus"])
+    fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
+    origins = [row["origin"] for row in rows] + [fate["origin"] for fate in fates]
+    assert sorted(origins) == sorted(f"sums:questions.jsonl#{number}" for number in range(63))
+    reasons = {fate["reason"] for fate in fates}
+    assert {"question_empty", "image_not_found", "duplicate_exact"} <= reasons | {"image_missing", "image_not_found"}
+    verify_version(result["corpus"])
+
+
+def test_modes_follow_from_what_the_teacher_can_do(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    result = run(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
+    for row in corpus_rows(result["corpus"]):
+        completion = parse_completion(row["completion"][0]["content"][0]["text"])
+        assert (completion.reasoning != "") == (row["mode"] == "think")
+        if row["kind"] == "objective":
+            is_hard = int(row["reference"]) >= 100
+            assert row["mode"] == ("think" if is_hard else "direct")
+            assert completion.answer == row["reference"]
+            assert row["num_scored"] == 8 if is_hard else row["num_right"] >= 1
+        else:
+            assert row["mode"] == ("think" if "Explain" in row["question"] else "direct")
+            assert row["probability"] == pytest.approx(0.9 if row["mode"] == "think" else 0.2, abs=1e-6)
+
+
+def test_the_corpus_loads_with_datasets(tmp_path: Path, teacher: ReplayTeacher, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result = run(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
+    loaded = datasets.load_dataset(result["corpus"], "all", split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(loaded) == result["rows"]
+    with_image = next(row for row in loaded if row["images"])
+    assert with_image["images"][0].size == (40, 30)
+
+
+def test_a_second_run_makes_no_call_and_no_new_version(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url)
+    first = run(config)
+    num_calls = len(teacher.calls)
+    second = run(config)
+    assert len(teacher.calls) == num_calls
+    assert (second["corpus"], second["is_new"], second["new_teacher_calls"]) == (first["corpus"], False, 0)
+
+
+def test_a_changed_threshold_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in")
+    run(write_config(tmp_path, questions, teacher.url))
+    teacher.stop()
+    relabelled = run(write_config(tmp_path, questions, teacher.url, difficulty={"threshold": 0.95}))
+    open_rows = [row for row in corpus_rows(relabelled["corpus"]) if row["kind"] == "subjective"]
+    assert relabelled["version"] == "v0002"
+    assert {row["mode"] for row in open_rows if "Describe" in row["question"]} == {"direct"}
+
+
+def test_the_corpus_does_not_depend_on_workers_or_waves(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in")
+    texts = []
+    for name, settings in (
+        ("one", {"parallel_shards": 1, "shard_rows": 7}),
+        ("two", {"parallel_shards": 4, "shard_rows": 25, "performance": {"waves": [8], "audit_share": 0.2}}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        result = run(write_config(folder, questions, teacher.url, **settings))
+        texts.append([(row["id"], row["mode"], row["completion"]) for row in corpus_rows(result["corpus"])])
+    assert sorted(texts[0], key=str) == sorted(texts[1], key=str)
+
+
+def test_new_rows_alone_cost_calls(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in", 30)
+    config = write_config(tmp_path, questions, teacher.url)
+    run(config)
+    before = {call.key for call in teacher.calls} if hasattr(teacher.calls[0], "key") else set()
+    num_calls = len(teacher.calls)
+    with questions.open("a", encoding="utf-8") as file:
+        file.write('{"id": "new", "question": "What is the sum of 30 and 31?", "answer": "61"}\n')
+    result = run(config)
+    assert result["version"] == "v0002"
+    assert 1 <= len(teacher.calls) - num_calls <= 9
+    assert teacher.num_repeated == 0, before
+
+
+def test_a_killed_run_ends_with_the_identical_corpus(tmp_path: Path) -> None:
+    """The whole process group is killed at random moments; only calls in flight are made again."""
+    questions = write_questions(tmp_path / "in", 40)
+    digests = []
+    for name, num_kills in (("calm", 0), ("killed", 4)):
+        folder = tmp_path / name
+        folder.mkdir()
+        with ReplayTeacher(scripted_answer, models=["scripted"], delay_seconds=0.02) as server:
+            config = write_config(folder, questions, server.url)
+            rng = random.Random(5)
+            for _ in range(num_kills):
+                _run_and_kill(config, after_calls=rng.randrange(5, 60), server=server)
+            result = run(config)
+        digests.append(load_manifest(result["corpus"]).digest)
+    assert digests[0] == digests[1]
+
+
+def _run_and_kill(config: Path, *, after_calls: int, server: ReplayTeacher) -> None:
+    """Runs the flow in a process group of its own and kills it once the teacher has had so many more calls."""
+    script = f"from flows.curate import curate; curate({str(config)!r})"
+    before = len(server.calls)
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    deadline = time.monotonic() + 120
+    while process.poll() is None and len(server.calls) - before < after_calls and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_an_unreachable_teacher_is_named_with_its_address(tmp_path: Path) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 10), "http://127.0.0.1:9/v1")
+    with pytest.raises(TeacherUnreachable, match=r"127\.0\.0\.1:9"):
+        run(config)
+
+
+def test_a_wrong_model_name_lists_the_served_ones(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    settings = {"model": "gpt-none", "url": teacher.url}
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url, teacher=settings)
+    with pytest.raises(TeacherMisconfigured, match="scripted"):
+        run(config)
+
+
+def test_a_missing_column_names_those_that_are_there(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in", 10)
+    sources = [{"name": "a", "format": "jsonl", "path": str(questions), "columns": {"question": "frage"}}]
+    with pytest.raises(SourceError, match="question"):
+        run(write_config(tmp_path, questions, teacher.url, sources=sources))
+
+
+def test_a_corrupt_parquet_file_is_named(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is not parquet")
+    sources = [{"name": "a", "format": "parquet", "path": str(tmp_path / "bad.parquet")}]
+    with pytest.raises(SourceError, match=r"bad\.parquet"):
+        run(write_config(tmp_path, tmp_path, teacher.url, sources=sources))
+
+
+def test_too_large_a_quarantine_stops_the_run_and_says_why(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = tmp_path / "bad.jsonl"
+    questions.write_text('{"id": "1", "question": ""}\n' * 5 + '{"id": "2", "question": "Why?"}\n', encoding="utf-8")
+    with pytest.raises(QuarantineExceeded, match=r"5 of 6 rows .*question_empty"):
+        run(write_config(tmp_path, questions, teacher.url))
+
+
+def test_two_rows_with_one_id_keep_the_first(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    questions = write_questions(tmp_path / "in", 30)
+    with questions.open("a", encoding="utf-8") as file:
+        file.write('{"id": "3", "question": "What is the sum of 5 and 50?", "answer": "55"}\n')
+    result = run(write_config(tmp_path, questions, teacher.url))
+    fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
+    clash = next(fate for fate in fates if fate["reason"] == "duplicate_source_id")
+    assert (clash["exit"], clash["origin"]) == ("quarantined", "sums:questions.jsonl#30")
+
+
+def test_a_work_folder_that_is_in_use_is_refused(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    from flows.workspace import Workspace
+
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url)
+    with Workspace(tmp_path / "work").locked(), pytest.raises(StorageError, match="another run"):
+        run(config)
+
+
+def test_a_full_disk_is_told_by_name(tmp_path: Path, teacher: ReplayTeacher, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("flows.workspace.os.fsync", full)
+    with pytest.raises(StorageError, match=r"No space left on device.*start again"):
+        run(config)
+
+
+def test_a_dry_run_asks_nothing_and_bounds_the_calls(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url)
+    estimate = estimate_run(load_run(str(config)))
+    assert len(teacher.calls) == 0
+    by_purpose = {purpose.purpose: purpose for purpose in estimate.purposes}
+    assert by_purpose["difficulty"].low == by_purpose["difficulty"].high == 12
+    assert "What is the sum" in render_estimate(estimate)
+    run(config)
+    calls = [call.purpose for call in teacher.calls]
+    for name, purpose in by_purpose.items():
+        assert purpose.low <= calls.count(name) <= purpose.high, name
+    json.dumps(estimate.to_record())
+
+
+def test_a_missing_configuration_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        run(tmp_path / "none.yaml")
