@@ -7,7 +7,6 @@ all that must survive lie in the work folder, so a run that was killed goes on w
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from prefect.utilities.annotations import quote
 from flows import publishing, stages
 from flows.publishing import Published
 from flows.runtime import Runtime
+from flows.stack import project_folder
 from flows.stages import Progress, Removal
 from flows.workspace import Marker
 from schemas.config import RunConfig, load_config
@@ -38,11 +38,6 @@ from sources import Unit, plan_units
 CORPUS_EVENT = "bimode.corpus.created"
 _POLL_SECONDS = 1.0
 _LOG_SECONDS = 10.0
-
-
-def project_folder() -> Path:
-    """Returns the folder that relative addresses in a configuration start from: BIMODE_HOME, else the current one."""
-    return Path(os.environ.get("BIMODE_HOME", "."))
 
 
 def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None = None) -> RunConfig:

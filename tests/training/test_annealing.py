@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoProcessor
+
+from sampleworld.rows import write_rows
+from schemas.errors import ConfigError, TrainingError
+from schemas.template import FORCED_PREFIX, ThinkingMode, render_completion
+from training import annealing
+from training.annealing import AnnealingConfig, anneal, load_annealing_config, load_rows
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "rows.parquet"
+    write_rows(path, "looking", seed=0, num_rows=64)
+    return path
+
+
+def config(model: Path, corpus: Path, output: Path, **settings: Any) -> AnnealingConfig:
+    fixed = {"max_steps": 6, "batch_size": 4, "learning_rate": 1e-3, "log_steps": 1, "save_steps": 3}
+    return AnnealingConfig(model=str(model), corpus=[str(corpus)], output=str(output), **{**fixed, **settings})
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(folder / "model" / "model.safetensors")
+    return tensors
+
+
+def test_a_run_leaves_a_model_metrics_and_last_a_result(small_model: Path, corpus: Path, tmp_path: Path) -> None:
+    result = anneal(config(small_model, corpus, tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert result["steps"] == 6
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_a_finished_run_is_not_repeated(small_model: Path, corpus: Path, tmp_path: Path) -> None:
+    settings = config(small_model, corpus, tmp_path / "run")
+    first = anneal(settings)
+    assert anneal(settings) == first
+
+
+def test_a_run_that_died_goes_on_to_the_same_weights(
+    small_model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anneal(config(small_model, corpus, tmp_path / "calm"))
+    log = annealing.MetricsFile.on_log
+
+    def dies_at_step_five(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        log(self, args, state, control, **rest)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(annealing.MetricsFile, "on_log", dies_at_step_five)
+        with pytest.raises(KeyboardInterrupt):
+            anneal(config(small_model, corpus, tmp_path / "died"))
+    assert not (tmp_path / "died" / "result.json").exists()
+    anneal(config(small_model, corpus, tmp_path / "died"))
+    calm, died = weights(tmp_path / "calm"), weights(tmp_path / "died")
+    assert all(torch.equal(calm[name], died[name]) for name in calm)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(small_model: Path, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="loss is"):
+        anneal(config(small_model, corpus, tmp_path / "run", learning_rate=1e30, max_steps=20))
+
+
+@pytest.mark.parametrize("columns", [["prompt"], ["prompt", "images"]])
+def test_a_corpus_without_its_columns_is_refused(corpus: Path, tmp_path: Path, columns: list[str]) -> None:
+    pq.write_table(pq.read_table(corpus).select(columns), tmp_path / "part.parquet")
+    with pytest.raises(TrainingError, match="completion"):
+        load_rows([str(tmp_path / "part.parquet")])
+
+
+def test_a_missing_corpus_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no corpus file"):
+        load_rows([str(tmp_path / "none.parquet")])
+
+
+def test_a_missing_checkpoint_is_a_clear_error(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="no checkpoint"):
+        anneal(config(tmp_path / "none", corpus, tmp_path / "run"))
+
+
+def test_an_unknown_setting_is_a_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "annealing.yaml"
+    path.write_text("model: m\ncorpus: [c]\noutput: o\nlerning_rate: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="lerning_rate"):
+        load_annealing_config(path)
+
+
+def test_the_choice_between_the_modes_is_one_token(small_model: Path) -> None:
+    tokenizer = AutoProcessor.from_pretrained(small_model).tokenizer
+    think, direct = (tokenizer.encode(render_completion("7", thought)) for thought in ("a", ""))
+    opening, newline, blank = (tokenizer.encode(text) for text in ("<think>", "\n", "\n\n"))
+    assert (len(opening), len(newline), len(blank)) == (1, 1, 1)
+    assert think[:2] == [*opening, *newline]
+    assert direct[:2] == [*opening, *blank]
+    assert tokenizer.decode(direct, skip_special_tokens=True) == "<think>\n\n</think>7"
+
+
+@pytest.mark.parametrize("mode", list(ThinkingMode))
+def test_a_forced_prefix_has_the_tokens_of_the_completion_it_begins(small_model: Path, mode: ThinkingMode) -> None:
+    tokenizer = AutoProcessor.from_pretrained(small_model).tokenizer
+    completion = tokenizer.encode(render_completion("7", "a" if mode is ThinkingMode.LONG else ""))
+    prefix = tokenizer.encode(FORCED_PREFIX[mode])
+    assert completion[: len(prefix)] == prefix
+
+
+def test_the_empty_think_block_carries_loss(small_model: Path, corpus: Path) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    model, processor = annealing.prepare_model(str(small_model), bf16=False)
+    del model
+    rows = load_rows([str(corpus)])
+    batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([rows[0]])
+    labels = batch["labels"][0]
+    learned = processor.tokenizer.decode(labels[labels != -100])
+    assert learned.startswith("\n\n</think>")
