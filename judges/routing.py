@@ -33,7 +33,9 @@ _CAPTION_QUESTION = re.compile(
     r"(describe|caption|(give|write|provide|generate) (me )?(a|an) ([\w-]+ ){0,2}(description|caption))\b",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"```|\b(def|class|import|#include|public static void|console\.log|SELECT .+ FROM)\b[ (<:]")
+_CODE = re.compile(
+    r"```|#include\s*<|\bdef \w+\(|\bclass \w+[(:{]|\bconsole\.log\(|\bpublic static void\b|\bSELECT\b.+\bFROM\b"
+)
 
 
 @dataclass(frozen=True, slots=True)
