@@ -21,9 +21,12 @@ import typer
 
 from schemas.errors import BimodeError, ConfigError
 
+_HELP = (__doc__ or "").replace("\n\n", "\n\n\b\n", 1)
+"""The \\b tells click to keep the lines of the examples as they are."""
+
 app = typer.Typer(
     name="bimode",
-    help=__doc__,
+    help=_HELP,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,

@@ -76,9 +76,9 @@ def looking_row(scene: Scene, rng: random.Random) -> TrainingRow:
     cells = rng.sample(range(9), 9)
     if rng.random() < 0.5:
         facts = [f"{scene.colours[c]} is {scene.digits[c]}." for c in cells]
-        return TrainingRow("", "List the numbers.", render_completion("\n".join(facts)))
+        return TrainingRow("", "List the numbers.", render_completion(" ".join(facts)))
     facts = [f"{scene.colours[c]} has a {scene.dots[c]} dot." for c in cells]
-    return TrainingRow("", "List the dots.", render_completion("\n".join(facts)))
+    return TrainingRow("", "List the dots.", render_completion(" ".join(facts)))
 
 
 def glance_task(scene: Scene, rng: random.Random) -> Task:

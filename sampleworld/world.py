@@ -3,7 +3,7 @@
 A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digit from 0 to 9, and a dot whose colour
 names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
 
-- *glance*: answered by looking (a digit, a colour, a count, a comparison, a choice of options).
+- *glance*: answered by looking (a digit, a colour, a property of a digit, a choice of options).
 - *steps*: a running result over several cells, "double, add the cell's number, keep the last two digits". Doubling
   makes every cell matter to both digits, so that a guess is right once in a hundred and the answer cannot be had
   without the intermediate results. The cells are named by colour (`chain`) or found by following the dots (`path`).
@@ -141,7 +141,7 @@ def _worked(names: list[str], digits: list[int]) -> str:
     lines = [f"{names[0]} is {digits[0]}."]
     for name, digit, before, after in zip(names[1:], digits[1:], results, results[1:], strict=False):
         lines.append(f"{name} is {digit}: {2 * before % 100} + {digit} = {after}.")
-    return "\n".join(lines)
+    return " ".join(lines)
 
 
 def _listed(names: list[str]) -> str:
@@ -175,43 +175,33 @@ def ask_dot(scene: Scene, rng: random.Random) -> Task:
     return Task("dot", question, scene.dots[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
 
 
-def ask_count(scene: Scene, rng: random.Random) -> Task:
-    digit = rng.choice(scene.digits) if rng.random() < 0.8 else rng.randrange(10)
-    question = rng.choice(
-        [
-            f"How many cells show the number {digit}?",
-            f"Count the cells with the number {digit}.",
-            f"How often does the number {digit} appear?",
-        ]
-    )
-    count = scene.digits.count(digit)
-    return Task("count", question, str(count), Kind.OBJECTIVE, AnswerType.COUNT, Topic.GENERAL)
-
-
 def ask_is(scene: Scene, rng: random.Random) -> Task:
     cell = rng.randrange(9)
     name, digit = scene.colours[cell], scene.digits[cell]
-    bound = rng.randrange(1, 9)
-    question = rng.choice(
-        [f"Is the number in the {name} cell greater than {bound}?", f"Does the {name} cell show more than {bound}?"]
-    )
-    answer = "yes" if digit > bound else "no"
-    return Task("is", question, answer, Kind.OBJECTIVE, AnswerType.BOOLEAN, Topic.GENERAL)
+    if rng.random() < 0.5:
+        question = rng.choice([f"Is the number in the {name} cell even?", f"Does the {name} cell show an even number?"])
+        truth = digit % 2 == 0
+    else:
+        question = rng.choice(
+            [f"Is the number in the {name} cell greater than 4?", f"Does the {name} cell show more than 4?"]
+        )
+        truth = digit > 4
+    return Task("is", question, "yes" if truth else "no", Kind.OBJECTIVE, AnswerType.BOOLEAN, Topic.GENERAL)
 
 
 def ask_choice(scene: Scene, rng: random.Random) -> Task:
     cell = rng.randrange(9)
-    name = scene.colours[cell]
+    name, digit = scene.colours[cell], scene.digits[cell]
     if rng.random() < 0.5:
-        truth, pool = str(scene.digits[cell]), [str(digit) for digit in range(10)]
-        question = rng.choice([f"Which number is in the {name} cell?", f"What does the {name} cell show?"])
+        options = ("odd", "even")
+        question = rng.choice([f"Which word fits the number in the {name} cell?", f"What is the {name} cell's number?"])
+        truth = digit % 2 == 0
     else:
-        truth, pool = scene.dots[cell], list(COLOURS)
-        question = rng.choice([f"Which dot is in the {name} cell?", f"What is the dot of the {name} cell?"])
-    options = [truth, *rng.sample([item for item in pool if item != truth], 3)]
-    rng.shuffle(options)
-    letter = "ABCD"[options.index(truth)]
-    return Task("choice", question, letter, Kind.OBJECTIVE, AnswerType.CHOICE, Topic.GENERAL, choices=tuple(options))
+        options = ("at most 4", "at least 5")
+        question = rng.choice([f"How large is the number in the {name} cell?", f"How much does the {name} cell show?"])
+        truth = digit > 4
+    letter = "AB"[truth]
+    return Task("choice", question, letter, Kind.OBJECTIVE, AnswerType.CHOICE, Topic.GENERAL, choices=options)
 
 
 _RULE = (
@@ -297,7 +287,6 @@ Asker = Callable[[Scene, random.Random], Task]
 GLANCE: dict[str, Asker] = {
     "digit": ask_digit,
     "dot": ask_dot,
-    "count": ask_count,
     "is": ask_is,
     "choice": ask_choice,
 }

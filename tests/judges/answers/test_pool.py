@@ -43,6 +43,18 @@ def children() -> list[int]:
     return [int(line.split()[0]) for line in listed.stdout.splitlines() if "judges.answers.worker" in line]
 
 
+def is_running(pid: int) -> bool:
+    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    return bool(listed.stdout.strip()) and not listed.stdout.strip().startswith("Z")
+
+
+def wait_for_end(pid: int) -> None:
+    deadline = time.monotonic() + 30
+    while is_running(pid):
+        assert time.monotonic() < deadline, f"process {pid} still runs"
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def pool() -> Iterator[VerifierPool]:
     with VerifierPool(CONFIG) as shared:
@@ -97,6 +109,7 @@ def test_a_killed_worker_costs_at_most_the_verdict_in_work() -> None:
         assert pool.verify("1+2x", EXPRESSION).is_correct
         (first,) = set(children()) - others
         os.kill(first, signal.SIGKILL)  # idle: nothing is lost
+        wait_for_end(first)
         assert pool.verify("1+2x", EXPRESSION).is_correct
         (second,) = set(children()) - others
         threading.Timer(0.5, os.kill, (second, signal.SIGKILL)).start()
@@ -166,12 +179,4 @@ def test_a_worker_dies_with_its_parent() -> None:
     root = Path(__file__).resolve().parents[3]
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=False)
     worker = int(ran.stdout)
-    deadline = time.monotonic() + 30
-    while _is_running(worker) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _is_running(worker)
-
-
-def _is_running(pid: int) -> bool:
-    listed = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return bool(listed.stdout.strip()) and not listed.stdout.strip().startswith("Z")
+    wait_for_end(worker)

@@ -103,15 +103,18 @@ def test_gsm8k_references_are_right_as_themselves_and_reformatted() -> None:
         assert of.answer_type in (AnswerType.NUMBER, AnswerType.COUNT)
         assert reference_problem(of) is None
         value = int(answer.replace(",", ""))
-        right = [answer, f"\\boxed{{{value:,}}}", f"**Answer:** ${value}$.", f"So it is {value}.0", row["answer"]]
-        wrong = [str(value + 1), f"{value}0" if value else "10", f"{value} or {value + 1}", f"-{value + 1}"]
+        right = [answer, f"\\boxed{{{value:,}}}", row["answer"]]
+        wrong = [f"{value} or {value + 1}"]
+        if number % 4 == 0:
+            right += [f"**Answer:** ${value}$.", f"So it is {value}.0"]
+            wrong += [str(value + 1), f"{value}0" if value else "10", f"-{value + 1}"]
         assert [verify(reply, of, CONFIG).outcome for reply in right] == [Outcome.CORRECT] * len(right), row
         assert [verify(reply, of, CONFIG).outcome for reply in wrong] == [Outcome.WRONG] * len(wrong), row
 
 
 def test_gsm8k_worked_solutions_without_the_marker_are_read_from_their_last_line() -> None:
     verdicts = []
-    for number, row in enumerate(_lines(DATA / "gsm8k" / "train-1000.jsonl")):
+    for number, row in enumerate(_lines(DATA / "gsm8k" / "train-1000.jsonl")[::2]):
         steps, _, answer = (part.strip() for part in row["answer"].rpartition("####"))
         of = Sample(
             str(number), "gsm8k", f"gsm8k:{number}", row["question"], answer=answer, answer_type=AnswerType.NUMBER

@@ -752,7 +752,7 @@ _references = st.one_of(
 
 
 @given(_references, st.sampled_from(_WRAPPINGS))
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_the_reference_itself_is_right_in_any_wrapping(
     reference: tuple[str, AnswerType, tuple[str, ...]], wrapping: str
 ) -> None:
@@ -774,7 +774,7 @@ def test_a_text_is_right_as_itself(words: str, answer_type: AnswerType, wrapping
     st.sampled_from(list(AnswerType)),
     st.sampled_from(["B", "7", "yes", "[1, 2, 3, 4]", "2x+1", "a, b, c", ""]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_no_text_makes_deciding_raise(text: str, answer_type: AnswerType, answer: str) -> None:
     choices = ("3", "$x^2$", text[:50]) if answer_type is AnswerType.CHOICE else ()
     decide(text, sample(answer, answer_type, choices=choices), CONFIG)
