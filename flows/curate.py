@@ -31,7 +31,7 @@ from flows.runtime import Runtime
 from flows.stack import project_folder
 from flows.stages import Progress, Removal
 from flows.workspace import Marker
-from schemas.config import RunConfig, load_config
+from schemas.config import RunConfig, SourceConfig, load_config
 from schemas.errors import ConfigError, QuarantineExceeded
 from sources import Unit, plan_units
 
@@ -50,9 +50,7 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
     loaded = load_config(path if path.is_absolute() or path.exists() else home / path)
     teacher = loaded.teacher.model_copy(update={"url": teacher_url}) if teacher_url else loaded.teacher
     sources = [
-        source.model_copy(
-            update={"path": _absolute(source.path, home), "image_root": _absolute(source.image_root, home)}
-        )
+        source.model_copy(update={"path": _source_path(source, home), "image_root": _absolute(source.image_root, home)})
         for source in loaded.sources
     ]
     return loaded.model_copy(
@@ -66,15 +64,15 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
     )
 
 
+def _source_path(source: SourceConfig, home: Path) -> str | None:
+    """Returns where a source lies. A `datasets` source that is no folder here is a name on the hub."""
+    is_hub_name = source.format == "datasets" and not (home / source.path).exists()
+    return source.path if is_hub_name else _absolute(source.path, home)
+
+
 def _absolute(path: str | None, home: Path) -> str | None:
-    """Returns a local path made absolute where it exists under the project folder or is relative by its looks."""
-    if path is None or "://" in path or Path(path).is_absolute():
-        return path
-    return str(home / path) if (home / path).exists() or not _is_hub_name(path) else path
-
-
-def _is_hub_name(path: str) -> bool:
-    return path.count("/") == 1 and "." not in path and "*" not in path
+    """Returns a local path made absolute from the project folder; addresses with a protocol stay as they are."""
+    return path if path is None or "://" in path else str(home / path)
 
 
 @task(task_run_name="{stage}/{shard}", cache_policy=NO_CACHE, persist_result=False)

@@ -101,8 +101,8 @@ def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow
 def question_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a question of any family in either mode; questions that need steps mostly get them."""
     sort = rng.random()
-    families = STEPS if sort < 0.65 else OPEN
-    task = glance_task(scene, rng) if sort >= 0.8 else families[rng.choice(list(families))](scene, rng)
+    families = STEPS if sort < 0.6 else OPEN
+    task = glance_task(scene, rng) if sort >= 0.75 else families[rng.choice(list(families))](scene, rng)
     return answered_row(task, rng, thinks=rng.random() < (0.85 if task.needs_steps else 0.1))
 
 
@@ -145,11 +145,11 @@ def draw_rows(recipe: str, *, seed: int, num_rows: int) -> Iterator[tuple[Traini
         image = render_scene(scene)
         for _ in range(min(4, num_rows - start)):
             sort = rng.random()
-            if recipe == "reading" or sort < 0.05:
+            if recipe == "reading" or sort < 0.03:
                 row = reading_row(scene, rng)
-            elif recipe == "looking" or sort < 0.25:
+            elif recipe == "looking" or sort < 0.2:
                 row = looking_row(scene, rng)
-            elif sort < 0.37:
+            elif sort < 0.3:
                 row = judge_row(scene, rng)
             else:
                 row = question_row(scene, rng)

@@ -4,9 +4,9 @@ A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digi
 names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
 
 - *glance*: answered by looking (a digit, a colour, a property of a digit, a choice of options).
-- *steps*: a running result over several cells, "double, add the cell's number, keep the last two digits". Doubling
-  makes every cell matter to both digits, so that a guess is right once in a hundred and the answer cannot be had
-  without the intermediate results. The cells are named by colour (`chain`) or found by following the dots (`path`).
+- *steps*: follow the dots from cell to cell and keep a running result: the sum of the numbers (`total`), or "double,
+  add the cell's number, keep the last two digits" (`path`), where a guess is right once in a hundred. Each cell is
+  known only when the one before it has been looked at, so the answer cannot be had at a glance.
 - *open*: describe the scene (a glance), or explain how a running result comes about (steps).
 """
 
@@ -128,24 +128,21 @@ def _moved(box: tuple[int, int, int, int], x: int, y: int) -> tuple[int, int, in
     return box[0] + x, box[1] + y, box[2] + x, box[3] + y
 
 
-def running_result(digits: list[int]) -> list[int]:
-    """Returns the results after each cell: the first digit, then twice the result plus the digit, modulo 100."""
+def running_result(digits: list[int], *, doubles: bool) -> list[int]:
+    """Returns the results after each cell: the first digit, then the result (or its double) plus the digit, mod 100."""
     results = [digits[0]]
     for digit in digits[1:]:
-        results.append((2 * results[-1] + digit) % 100)
+        results.append(((2 if doubles else 1) * results[-1] + digit) % 100)
     return results
 
 
-def _worked(names: list[str], digits: list[int]) -> str:
-    results = running_result(digits)
+def _worked(names: list[str], digits: list[int], *, doubles: bool) -> str:
+    results = running_result(digits, doubles=doubles)
     lines = [f"{names[0]} is {digits[0]}."]
     for name, digit, before, after in zip(names[1:], digits[1:], results, results[1:], strict=False):
-        lines.append(f"{name} is {digit}: {2 * before % 100} + {digit} = {after}.")
+        carried = 2 * before % 100 if doubles else before
+        lines.append(f"{name} is {digit}: {carried} + {digit} = {after}.")
     return " ".join(lines)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:-1]) + " and " + names[-1]
 
 
 def ask_digit(scene: Scene, rng: random.Random) -> Task:
@@ -211,23 +208,10 @@ _RULE = (
 )
 
 
-def ask_chain(scene: Scene, rng: random.Random) -> Task:
-    names = rng.sample(list(COLOURS), rng.choice([5, 6]))
-    rule = rng.choice(_RULE)
-    question = rng.choice(
-        [
-            f"Start with the {names[0]} cell. For {_listed(names[1:])} in turn, {rule}. What is the result?",
-            f"Go through the cells {_listed(names)}. At each cell after the first, {rule}. What do you get?",
-        ]
-    )
-    digits = [scene.digits[scene.cell_of(name)] for name in names]
-    return _steps_task("chain", question, _worked(names, digits), digits)
-
-
 def _walk(scene: Scene, rng: random.Random) -> tuple[list[str], list[int]]:
     name = rng.choice(list(COLOURS))
     names = [name]
-    for _ in range(rng.choice([4, 5])):
+    for _ in range(rng.choice([2, 3])):
         name = scene.dots[scene.cell_of(name)]
         names.append(name)
     return names, [scene.digits[scene.cell_of(name)] for name in names]
@@ -244,11 +228,25 @@ def ask_path(scene: Scene, rng: random.Random) -> Task:
             "What do you get?",
         ]
     )
-    return _steps_task("path", question, _worked(names, digits), digits)
+    return _steps_task("path", question, names, digits, doubles=True)
 
 
-def _steps_task(family: str, question: str, steps: str, digits: list[int]) -> Task:
-    result = str(running_result(digits)[-1])
+def ask_total(scene: Scene, rng: random.Random) -> Task:
+    names, digits = _walk(scene, rng)
+    question = rng.choice(
+        [
+            f"Start at the {names[0]} cell and follow the dots for {len(names) - 1} steps. "
+            "Add up all numbers on the way.",
+            f"From the {names[0]} cell, go where the dot points, {len(names) - 1} times. "
+            "What is the sum of the numbers?",
+        ]
+    )
+    return _steps_task("total", question, names, digits, doubles=False)
+
+
+def _steps_task(family: str, question: str, names: list[str], digits: list[int], *, doubles: bool) -> Task:
+    steps = _worked(names, digits, doubles=doubles)
+    result = str(running_result(digits, doubles=doubles)[-1])
     return Task(family, question, result, Kind.OBJECTIVE, AnswerType.NUMBER, Topic.MATH, steps)
 
 
@@ -277,9 +275,9 @@ def ask_explain(scene: Scene, rng: random.Random) -> Task:
             "Explain where this leads and why.",
         ]
     )
-    results = running_result(digits)
+    results = running_result(digits, doubles=True)
     answer = f"The dots lead from {names[0]} to {names[-1]}, and the result goes from {results[0]} to {results[-1]}."
-    steps = _worked(names, digits)
+    steps = _worked(names, digits, doubles=True)
     return Task("explain", question, answer, Kind.SUBJECTIVE, AnswerType.OPEN, Topic.GENERAL, steps)
 
 
@@ -290,5 +288,5 @@ GLANCE: dict[str, Asker] = {
     "is": ask_is,
     "choice": ask_choice,
 }
-STEPS: dict[str, Asker] = {"chain": ask_chain, "path": ask_path}
+STEPS: dict[str, Asker] = {"path": ask_path, "total": ask_total}
 OPEN: dict[str, Asker] = {"describe": ask_describe, "explain": ask_explain}

@@ -37,6 +37,7 @@ _LOG_EVERY_SECONDS = 15.0
 _STOP_SECONDS = 25.0
 """The launcher's own patience (15 s for the server, 5 s for its children), and some more."""
 _FIRST_REPLY_SECONDS = 300.0
+_CPU_BATCHED_TOKENS = 8192
 _HERE = Path(__file__).parent
 _FIND_BUILD = """
 from importlib.metadata import PackageNotFoundError, version
@@ -211,7 +212,7 @@ def server_command(
         common += ["--revision", endpoint.revision]
     if serve.max_model_len is not None:
         common += ["--max-model-len", str(serve.max_model_len)]
-    specific = _cpu_arguments(folder) if build.is_cpu else _gpu_arguments(folder, num_gpus)
+    specific = _cpu_arguments(folder, serve) if build.is_cpu else _gpu_arguments(folder, num_gpus)
     if build.is_cpu:
         # The console script and `vllm serve` look up the distribution "vllm", which this build does not have.
         entry = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
@@ -220,12 +221,17 @@ def server_command(
     return [*entry, *common, *specific, *serve.extra_args]
 
 
-def _cpu_arguments(folder: Path | None) -> list[str]:
+def _cpu_arguments(folder: Path | None, serve: ServeConfig) -> list[str]:
     """Returns the arguments of the CPU build, which serves small models."""
     arguments = [
         # Compiling takes over two minutes on two cores and gains such models nothing.
         "--enforce-eager",
-    ]
+        # When a prompt with a seed is split over two steps, vLLM 0.32 turns back its random generator, which torch's
+        # CPU generator cannot do ("CPU Generator does not use offset"): the engine dies. So prompts are not split.
+        "--no-enable-chunked-prefill",
+        # Then a whole prompt must fit into a step.
+        "--max-num-batched-tokens", str(max(_CPU_BATCHED_TOKENS, serve.max_model_len or 0)),
+    ]  # fmt: skip
     if _setting(folder, "dtype") == "float32" or _setting(folder, "torch_dtype") == "float32":
         # By default vLLM rounds a float32 checkpoint to bfloat16, which most CPUs do not even compute faster.
         arguments += ["--dtype", "float32"]

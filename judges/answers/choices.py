@@ -27,6 +27,9 @@ _LABEL_AND_TEXT = re.compile(
 )
 _BRACKETED = re.compile(r"(?<![\w)])[(\[]\s?([A-Z])\s?[)\]]|(?<![\w(])([A-Z])\)(?!\w)")
 _NAMED = re.compile(rf"\b{_OPTION_NOUN}s?\s+(?:is\s+)?[(\[]?([A-Z])[)\]]?(?![\w'])", re.IGNORECASE)
+_CONCLUDED = re.compile(
+    r"\b(?:so|thus|therefore|hence|think|guess|say|is|be|choose|pick|leaves|yes)[,:]?\s+(?:it(?:'s|\s+is|\s+must\s+be)\s+)?[(\[]?([A-Z])[)\]]?[\s.!]*$"
+)
 _LONE = re.compile(r"(?<![\w'\\$({-])([A-Z])(?![\w'(-])")
 _LEADING_LETTER = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer|letter|figure|picture|image|diagram|graph|shape|alternative|number|position|point|group)\s+)*"
@@ -270,6 +273,9 @@ def _read_mentions(statement: Statement, text: str, choices: Sequence[str]) -> _
     labels, rejected = _asserted(text, [*_BRACKETED.finditer(text), *_NAMED.finditer(text)], choices)
     if labels or rejected:
         return _several(text, labels, rejected)
+    concluded = _CONCLUDED.search(text)
+    if concluded and OPTION_LETTERS.find(concluded.group(1)) < len(choices):
+        return _Reading(frozenset({OPTION_LETTERS.find(concluded.group(1))}))
     by_text = _texts_in(text, choices)
     if by_text:
         return _several(text, by_text, frozenset())

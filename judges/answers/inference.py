@@ -32,7 +32,7 @@ _ASKS_LIST = re.compile(
 )
 _NO_FORMULA = re.compile(
     r"^\d{1,4}[-/.]\d{1,2}[-/.]\d{1,4}$|^\d{1,2}:\d{2}(?::\d{2})?\s*(?:[ap]\.?m\.?)?$|^[A-Za-z]{1,3}[-/&+#*]{1,2}[A-Za-z]{0,3}$|://|@|^[A-Z]\d{1,4}$|^\d{1,4}[A-Z]$"
-    r"|^[A-Za-z]{2,}(?:[-/][A-Za-z]+)+$|^\+?[\d\s()-]{7,}$|^#",
+    r"|^\d+(?:\.\d+)?\s?-\s?\d+(?:\.\d+)?$|^[A-Za-z]{2,}(?:[-/][A-Za-z]+)+$|^\+?[\d\s()-]{7,}$|^#",
     re.IGNORECASE,
 )
 
@@ -60,7 +60,7 @@ def infer_answer_type(answer: str | None, choices: Sequence[str], question: str)
         return AnswerType.LIST
     if not _NO_FORMULA.search(text) and looks_like_formula(text):
         return AnswerType.EXPRESSION
-    return AnswerType.TEXT if _is_short(text) else None
+    return AnswerType.TEXT if _is_short(text) and canonical_words(answer) else None
 
 
 def _is_box(answer: str, question: str) -> bool:

@@ -94,7 +94,7 @@ _ONES = [
 _ONES += ["seventeen", "eighteen", "nineteen"]
 _TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _SMALL = {word: value for value, word in enumerate(_ONES)} | {word: 10 * i for i, word in enumerate(_TENS, 2)}
-_LARGE = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+LARGE_NUMBERS = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PARTS = {
     "half": 2,
     "halves": 2,
@@ -113,7 +113,7 @@ _PARTS = {
     "tenth": 10,
     "tenths": 10,
 }
-_NUMBER_WORD = rf"(?:{'|'.join(sorted([*_SMALL, *_LARGE, 'dozen'], key=len, reverse=True))})"
+_NUMBER_WORD = rf"(?:{'|'.join(sorted([*_SMALL, *LARGE_NUMBERS, 'dozen'], key=len, reverse=True))})"
 _WORDS = re.compile(
     rf"(?<![\w-])(?P<sign>minus\s+|negative\s+)?(?P<body>(?:a\s+(?=hundred|thousand|million|billion|dozen))?"
     rf"{_NUMBER_WORD}(?:(?:\s+and\s+|[\s-]+){_NUMBER_WORD}){{0,12}})"
@@ -213,16 +213,23 @@ def _quantity_of(text: str, match: re.Match[str]) -> Quantity | None:
     ):  # powers
         return None
     start, sign_text = match.start(), (groups("sign") or "") + (groups("sign2") or "")
-    if sign_text.startswith(("-", "+")) and re.search(r"[\w)\]}%°]\s?$", text[max(0, start - 2) : start]):
-        start, sign_text = match.start() + 1, ""  # the "-" of "3-4" and "7 - 2" is no sign
+    if sign_text.startswith(("-", "+")) and _is_operator(text, start):
+        start, sign_text = start + 1, ""
     value = _value_of(match)
     if value is None:
         return None
     if sign_text.lower().startswith(("-", "minus", "negative")) or (groups("sign2") and sign_text.endswith("-")):
         value = -value
     if groups("scale"):
-        value *= _LARGE[groups("scale").strip().lower()]
+        value *= LARGE_NUMBERS[groups("scale").strip().lower()]
     return _with_unit(text, value, start, match.end())
+
+
+def _is_operator(text: str, start: int) -> bool:
+    """Whether the sign at a place joins two terms: "3-4", "7 - 2", "20 coins - 5 coins", but not "is -5"."""
+    before, after = text[:start][-2:], text[start + 1 : start + 2]
+    is_attached = re.search(r"[\w)\]}%°]$", before) is not None
+    return is_attached or (before.endswith(" ") and after == " " and before.strip() != "")
 
 
 def _value_of(match: re.Match[str]) -> Fraction | None:
@@ -292,8 +299,8 @@ def _words_value(body: str) -> Fraction:
             current = max(current, 1) * 100
         elif word == "dozen":
             current = max(current, 1) * 12
-        elif word in _LARGE:
-            total += max(current, 1) * _LARGE[word]
+        elif word in LARGE_NUMBERS:
+            total += max(current, 1) * LARGE_NUMBERS[word]
             current = 0
     return Fraction(total + current)
 

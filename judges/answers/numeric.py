@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from judges.answers.comparison import Matrix, Pending, judged, unclear, unparsed
 from judges.answers.formulas import formula_of, looks_like_formula, without_name
-from judges.answers.numbers import Quantity, find_quantities, same_number, whole_quantity
+from judges.answers.numbers import LARGE_NUMBERS, Quantity, find_quantities, same_number, whole_quantity
 from judges.answers.statements import Origin, Statement
 from judges.answers.text import strip_markup, unify_characters
 from schemas.config import VerificationConfig
@@ -17,6 +17,7 @@ from schemas.samples import AnswerType, Sample
 from schemas.verdicts import Verdict
 
 _ASKS_PERCENT = re.compile(r"%|\bper\s?cent|\bpercentage|百分|prozent|pourcent|porcentaje", re.IGNORECASE)
+_SCALE = re.compile(r"\b(thousand|million|billion|trillion)s?\b", re.IGNORECASE)
 _ASKS_YEAR = re.compile(r"\byears?\b|\bwhen\b|\bdates?\b", re.IGNORECASE)
 _NONE = re.compile(r"^(?:none|nothing|there\s+(?:is|are|were|was)\s+(?:no|none)\b|no\s+\w+|nil)\b", re.IGNORECASE)
 _HEDGE = re.compile(
@@ -89,6 +90,15 @@ def _pending(formula: str, sample: Sample, origin: Origin) -> Pending:
 
 
 def _matcher(reference: Quantity, sample: Sample, config: VerificationConfig) -> Callable[[Quantity], bool]:
+    scale = _SCALE.search(sample.question)
+    is_same = _unscaled_matcher(reference, sample, config)
+    if scale is None:
+        return is_same
+    factor = LARGE_NUMBERS[scale.group(1).lower()]  # "How many million ...?": 2.5 and 2.5 million are the same answer
+    return lambda quantity: is_same(quantity) or is_same(replace(quantity, value=quantity.value / factor))
+
+
+def _unscaled_matcher(reference: Quantity, sample: Sample, config: VerificationConfig) -> Callable[[Quantity], bool]:
     asks_percent = _ASKS_PERCENT.search(sample.question) is not None
     if sample.answer_type is AnswerType.COUNT:
         return lambda quantity: not quantity.is_percent and quantity.value == reference.value
@@ -124,7 +134,9 @@ def _read(statement: Statement) -> _Reading | None:
     quantities = _without_pronouns(find_quantities(text), text)
     if not quantities:
         return None
-    if _offers_several(text, quantities):
+    hedged_until = _hedge_end(text, quantities)
+    settled = None if statement.origin.is_explicit else _settled(text, quantities)
+    if hedged_until is not None and (settled is None or settled.start <= hedged_until):
         return _Reading(tuple(quantities), is_hedged=True)
     settled = _after_equals(text) or whole_quantity(text)
     if settled is None:
@@ -150,14 +162,14 @@ def _without_pronouns(quantities: list[Quantity], text: str) -> list[Quantity]:
     return kept or quantities
 
 
-def _offers_several(text: str, quantities: list[Quantity]) -> bool:
-    """Whether two different numbers are joined by "or", "to" or a dash that no result follows ("9 - 2 = 7")."""
+def _hedge_end(text: str, quantities: list[Quantity]) -> int | None:
+    """Returns where two different numbers end that "or", "to" or a dash without a result ("9 - 2 = 7") joins."""
     for first, second in pairwise(quantities):
         joint = _HEDGE.match(text[first.end : second.start])
         is_range = joint is not None and (joint.group("word") is not None or "=" not in text[second.end :])
         if is_range and len(_distinct([first, second])) == 2:
-            return True
-    return False
+            return second.end
+    return None
 
 
 def _after_equals(text: str) -> Quantity | None:

@@ -61,20 +61,30 @@ class _Worker:
         """Returns the matrix of a comparison. Raises TimeoutError or WorkerLost; the next call starts a new process."""
         task = json.dumps({"candidates": pending.candidates, "references": pending.references})
         try:
-            process = self._started()
-            assert process.stdin is not None
-            process.stdin.write(task.encode() + b"\n")
-            process.stdin.flush()
+            self._begin(task.encode() + b"\n")
             reply = self._line(self._limit_seconds * _CLOCK_FACTOR)
-        except (TimeoutError, WorkerLost, OSError) as error:
-            self.stop()
-            if isinstance(error, OSError) and not isinstance(error, TimeoutError):
-                raise WorkerLost(str(error)) from error
-            raise
         except BaseException:
             self.stop()
             raise
         return tuple(tuple(row) for row in json.loads(reply))
+
+    def _begin(self, task: bytes) -> None:
+        """Hands the task to a process that takes it up; one that died while it was idle is replaced.
+
+        Raises WorkerLost when three processes in a row die before they begin.
+        """
+        for remaining in (2, 1, 0):
+            process = self._started()
+            assert process.stdin is not None
+            try:
+                process.stdin.write(task)
+                process.stdin.flush()
+                assert self._line(_START_SECONDS) == b"begun"
+                return
+            except (WorkerLost, BrokenPipeError) as error:
+                self.stop()
+                if not remaining:
+                    raise WorkerLost(f"three workers died before they began: {error}") from error
 
     def stop(self) -> None:
         """Ends the process, if there is one, and frees its pipes."""

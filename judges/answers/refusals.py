@@ -18,7 +18,7 @@ _SOLVE = (
 )
 _PATTERNS = (
     r"\b(?:i|we|one|you|ai|model)(?:\s+am|\s+are|'m|'re)?\s+(?:\w+\s+)?"
-    r"(?:(?:can|could)\s?not|can't|couldn't|unable|not\s+able|not\s+sure|do(?:n't|\s+not)\s+(?:know|have|see))\b",
+    r"(?:(?:can|could)\s?not|can't|couldn't|unable|not\s+able|do(?:n't|\s+not)\s+(?:know|have|see))\b",
     r"\b(?:can|could)(?:\s?not|n't|'t)\s+(?:\w+ly\s+)?be\s+(?:\w+ly\s+)?(?:determined|solved|answered|calculated|found)\b",
     rf"\b(?:(?:can|could)(?:\s?not|n't|'t)|unable\s+to)\s+(?:\w+ly\s+)?{_SOLVE}\s+(?:the|this|that|your|any|an?|it)\b",
     rf"\b(?:impossible|not\s+possible|isn't\s+possible|no\s+way)\s+to\s+(?:\w+ly\s+)?{_SOLVE}\b",
@@ -31,7 +31,7 @@ _PATTERNS = (
     rf"\bno\s+(?:\w+\s+)?{_SHOWN}\s+(?:\w+\s+)?(?:{_GIVEN}|to)\b",
     r"\bplease\s+(?:\w+\s+)?(?:provide|include|upload|share|specify|give|supply|update|attach|check|rewrite|repost"
     r"|describe|clarify|add)\b",
-    r"\bcould\s+you\b|\bsorry\b(?=\s*(?:,|but|\.|for|that|i))|\bno\s+idea\b|\bdon't\s+know\b|\bnot\s+sure\b",
+    r"\bcould\s+you\b|\bsorry\b(?=\s*(?:,|but|\.|for|that|i))|\bno\s+idea\b|\bdon't\s+know\b",
 )
 _REFUSAL = re.compile("|".join(_PATTERNS), re.IGNORECASE)
 

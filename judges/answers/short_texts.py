@@ -71,10 +71,11 @@ _DENIAL = re.compile(
     re.IGNORECASE,
 )
 _TAIL_OF_COPULA = re.compile(
-    r"\b(?:is|are|was|were|be|says|say|reads|read|shows|named|called|titled|labell?ed|equals|means|as|wears|has|holds)\b|[:=→]|'s\b",
+    r"\b(?:is|are|was|were|be|says|say|reads|read|shows|named|called|titled|labell?ed|equals|means|as|wears|has|holds)\b|:(?=\s)|[=→]|'s\b",
     re.IGNORECASE,
 )
 _QUOTED = re.compile(r'"([^"\n]{1,200})"|(?<!\w)\'([^\'\n]{1,200})\'(?!\w)')
+_PREPOSITION = re.compile(r"^(?:on|in|at|by|from|to|near|inside|of|with|under|over|during)\s+", re.IGNORECASE)
 _CLAUSE_END = re.compile(
     r",|;|\(|\s-\s|\.\s|\b(?:because|since|as|which|who|that|so|due\s+to|based\s+on|in\s+the\s+image)\b"
 )
@@ -182,7 +183,7 @@ def _candidates(text: str) -> list[str]:
     verbs = list(_TAIL_OF_COPULA.finditer(text))
     tails = [text, text[verbs[-1].end() :]] if verbs else [text]
     for tail in tails:
-        found.append(tail)
+        found += [tail, _PREPOSITION.sub("", tail.strip())]
         head = _CLAUSE_END.split(tail, maxsplit=1)[0]
         if head.strip() and not re.search(r"\bor\b", tail, re.IGNORECASE):
             found.append(head)

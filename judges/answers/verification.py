@@ -33,6 +33,8 @@ from schemas.samples import AnswerType, Sample
 from schemas.template import CLOSE_THINK, OPEN_THINK, parse_completion
 from schemas.verdicts import Failure, Verdict, unscored, wrong
 
+_RATIO = re.compile(r"(?<=\d)\s*to\s*(?=\d)")
+
 NO_ANSWER = "gives no answer"
 """Detail of the verdict on a complete reply that commits to nothing."""
 
@@ -115,6 +117,8 @@ def _check_for(sample: Sample, config: VerificationConfig) -> Check:
 
 def _check_expression(statement: Statement, reference: str, config: VerificationConfig) -> Verdict | Pending | None:
     """Returns the verdict on a formula: by its spelling, as plain numbers, or by the parser."""
+    if ":" in reference:
+        statement = replace(statement, raw=_RATIO.sub(":", statement.raw), text=_RATIO.sub(":", statement.text))
     formula = formula_of(statement)
     if formula is None or not formula.strip():
         return None

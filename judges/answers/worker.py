@@ -1,4 +1,4 @@
-"""The program of a worker process: reads comparisons as lines of JSON, answers each with a line of JSON.
+"""The program of a worker process: reads comparisons as lines of JSON, answers each with "begun" and a line of JSON.
 
 Started by `judges.answers.pool`, never by hand. Two guards hold even if the parent dies: a timer that ends the process
 in the middle of an endless comparison, and a bound on its memory. The timer counts processor time, not the clock's: a
@@ -17,7 +17,7 @@ from typing import TextIO
 
 from judges.answers.parser import equal, equality_matrix
 
-MAX_MEMORY_BYTES = 4 * 2**30
+MAX_MEMORY_BYTES = 2**30
 
 
 def main() -> None:
@@ -31,6 +31,7 @@ def main() -> None:
     print("ready", file=replies, flush=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_PROF, limit_seconds)  # SIGPROF's default action: the process ends
+        print("begun", file=replies, flush=True)
         task = json.loads(line)
         matrix = equality_matrix(tuple(task["candidates"]), tuple(task["references"]))
         signal.setitimer(signal.ITIMER_PROF, 0)

@@ -253,3 +253,25 @@ def test_a_dry_run_asks_nothing_and_bounds_the_calls(tmp_path: Path, teacher: Re
 def test_a_missing_configuration_is_a_clear_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read"):
         run(tmp_path / "none.yaml")
+
+
+def test_relative_paths_start_at_the_project_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIMODE_HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text(
+        "workdir: runs/demo\n"
+        "corpus: {folder: out/corpus}\n"
+        "sources:\n"
+        "  - {name: a, format: jsonl, path: data/a.jsonl, image_root: data/images}\n"
+        "  - {name: b, format: datasets, path: team/set}\n"
+        "  - {name: c, format: parquet, path: 's3://bucket/c.parquet'}\n",
+        encoding="utf-8",
+    )
+    loaded = load_run("run.yaml")
+    assert loaded.workdir == str(tmp_path / "runs/demo")
+    assert loaded.corpus.folder == str(tmp_path / "out/corpus")
+    assert [source.path for source in loaded.sources] == [
+        str(tmp_path / "data/a.jsonl"),
+        "team/set",
+        "s3://bucket/c.parquet",
+    ]
+    assert loaded.sources[0].image_root == str(tmp_path / "data/images")

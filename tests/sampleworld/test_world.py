@@ -30,7 +30,11 @@ SCENE = Scene(
 
 
 def test_a_running_result_doubles_adds_and_keeps_two_digits() -> None:
-    assert running_result([9, 9, 9, 9]) == [9, 27, 63, 35]
+    assert running_result([9, 9, 9, 9], doubles=True) == [9, 27, 63, 35]
+
+
+def test_a_total_adds() -> None:
+    assert running_result([9, 9, 9, 9], doubles=False) == [9, 18, 27, 36]
 
 
 @given(st.integers())

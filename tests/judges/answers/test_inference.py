@@ -46,6 +46,7 @@ from schemas.samples import AnswerType, Sample
         ("the Eiffel Tower", "What is it?", AnswerType.TEXT),
         ("10:30", "What time is it?", AnswerType.TEXT),
         ("12/05/2020", "Which day?", AnswerType.TEXT),
+        ("50-60", "Which range?", AnswerType.TEXT),
         ("C++", "Which language?", AnswerType.TEXT),
         ("TCP/IP", "Which protocol?", AnswerType.TEXT),
         ("C", "Which side?", AnswerType.TEXT),

@@ -221,6 +221,10 @@ def test_a_hedged_number_is_wrong(reply: str) -> None:
         ("-2", "−2"),
         ("-2", "–2"),
         ("-2", "minus two"),
+        ("-5", "The temperature is -5 degrees."),
+        ("5", "Betty needs 100 - 50 - 45 = $5 more."),
+        ("9", "This leaves 24 fish – 15 fish = <<24-15=9>>9 fish."),
+        ("7", "It might be around 6 or 7; let me compute: it is 7."),
         ("-2", "$-2$"),
         ("12", "12 cm"),
         ("12", "12 cm^2"),
@@ -291,6 +295,13 @@ def test_a_percent_sign_may_be_added_where_the_question_asks_for_a_percentage() 
     question = "What percent of her class chose candy E?"
     assert outcome("20%", sample("20", AnswerType.NUMBER, question=question)) is RIGHT
     assert outcome("20%", sample("20", AnswerType.NUMBER)) is WRONG
+
+
+def test_a_scale_in_the_question_may_be_repeated_in_the_answer() -> None:
+    of = sample("2.5", AnswerType.NUMBER, question="How many million hamburgers are sold?")
+    assert outcome("2.5 million", of) is RIGHT
+    assert outcome("2.5", of) is RIGHT
+    assert outcome("2.5 thousand", of) is WRONG
 
 
 def test_decimals_enjoy_the_configured_relative_tolerance() -> None:
@@ -402,6 +413,8 @@ CITIES = ("Berlin", "Paris", "Rome", "Madrid")
         "Only (B) fits.",
         "<answer>B</answer>",
         "The answer is Paris, the capital of France.",
+        "It's neither A nor C, so B.",
+        "I am not sure, but I think B.",
     ],
 )
 def test_the_right_option_is_read_in_any_spelling(reply: str) -> None:
@@ -521,6 +534,7 @@ def test_a_letter_that_is_label_and_text_of_different_options_is_unscored_unless
         ("\\frac{1}{2}", "0.5"),
         ("5\\sqrt{2}", "$5\\sqrt{2}$ cm"),
         ("1:4", "\\frac{1}{4}"),
+        ("3:2", "The ratio is 3 to 2."),
         ("\\frac{3}{2}b+\\frac{3}{4}a", "$\\frac{3a}{4}+\\frac{3b}{2}$"),
         ("x>3", "$x > 3$"),
         ("e^{x}", "\\boxed{e^x}"),
@@ -597,6 +611,8 @@ def test_yes_or_no_is_read_from_words(reference: str, reply: str, expected: Outc
         ("red", "red or blue", WRONG),
         ("red", "The car is red.", RIGHT),
         ("red", "**Red**", RIGHT),
+        ("Thursday", "On Thursday.", RIGHT),
+        ("10:30", "The clock shows 10:30.", RIGHT),
         ("cat", "cats", WRONG),
         ("C++", "C", WRONG),
         ("10:30", "10:30", RIGHT),
