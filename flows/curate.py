@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from flows.runtime import Runtime
 from flows.stack import project_folder
 from flows.stages import Progress, Removal
 from flows.workspace import Marker
-from schemas.config import RunConfig, SourceConfig, load_config
+from schemas.config import RunConfig, ServeConfig, SourceConfig, load_config
 from schemas.errors import ConfigError, QuarantineExceeded
 from sources import Unit, plan_units
 
@@ -56,12 +57,19 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
     return loaded.model_copy(
         update={
             "teacher": teacher,
-            "serve": None if teacher_url else loaded.serve,
+            "serve": None if teacher_url else _serve_section(loaded.serve, home),
             "sources": sources,
             "workdir": _absolute(workdir or loaded.workdir, home),
             "corpus": loaded.corpus.model_copy(update={"folder": _absolute(loaded.corpus.folder, home)}),
         }
     )
+
+
+def _serve_section(serve: ServeConfig | None, home: Path) -> ServeConfig | None:
+    """Returns how vLLM is started. A model path that is no folder here is a name on the hub."""
+    if serve is None or serve.model_path is None or not (home / serve.model_path).exists():
+        return serve
+    return serve.model_copy(update={"model_path": str(home / serve.model_path)})
 
 
 def _source_path(source: SourceConfig, home: Path) -> str | None:
@@ -234,10 +242,9 @@ def curate(config: str = "bimode.yaml", teacher_url: str | None = None, workdir:
     """
     settings = load_run(config, teacher_url=teacher_url, workdir=workdir)
     logger = get_run_logger()
-    _show_library_logs(logger)
     runtime = Runtime(settings)
     try:
-        with runtime.workspace.locked():
+        with _library_logs_shown(), runtime.workspace.locked():
             units = plan_units(settings)
             num_rows = sum(unit.num_rows for unit in units)
             if num_rows == 0:
@@ -270,12 +277,29 @@ def _announce(published: Published) -> None:
         )
 
 
-def _show_library_logs(logger: Any) -> None:
-    """Sends the messages of the packages below to the flow run's log, so that waiting for a teacher is seen."""
-    handlers = getattr(logger.logger if isinstance(logger, logging.LoggerAdapter) else logger, "handlers", [])
-    for name in ("teacher", "flows", "sources", "judges", "corpus"):
-        library = logging.getLogger(name)
+class _ToFlowRun(logging.Handler):
+    """Passes a library's messages on to the flow run's log, which names the run itself, so that any thread may log."""
+
+    def __init__(self, run_logger: logging.Logger | logging.LoggerAdapter[logging.Logger]) -> None:
+        super().__init__(logging.INFO)
+        self._run_logger = run_logger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._run_logger.log(record.levelno, "%s", record.getMessage())
+
+
+@contextmanager
+def _library_logs_shown() -> Iterator[None]:
+    """Shows the messages of the packages below in the flow run's log, so that waiting for a teacher is seen."""
+    handler = _ToFlowRun(get_run_logger())
+    libraries = [logging.getLogger(name) for name in ("teacher", "flows", "sources", "judges", "corpus")]
+    levels = [library.level for library in libraries]
+    for library in libraries:
         library.setLevel(logging.INFO)
-        for handler in handlers:
-            if handler not in library.handlers:
-                library.addHandler(handler)
+        library.addHandler(handler)
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.removeHandler(handler)
+            library.setLevel(level)

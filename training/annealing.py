@@ -173,6 +173,7 @@ def sft_arguments(config: AnnealingConfig) -> SFTConfig:
         bf16=config.bf16,
         use_cpu=not torch.cuda.is_available(),
         logging_steps=config.log_steps,
+        logging_nan_inf_filter=False,  # else a loss that is not finite is logged as if it were
         save_steps=config.save_steps,
         save_total_limit=2,
         train_sampling_strategy=config.row_order,

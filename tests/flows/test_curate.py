@@ -100,14 +100,13 @@ def test_a_second_run_makes_no_call_and_no_new_version(tmp_path: Path, teacher: 
     assert (second["corpus"], second["is_new"], second["new_teacher_calls"]) == (first["corpus"], False, 0)
 
 
-def test_a_changed_threshold_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
+def test_a_changed_verifier_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
     questions = write_questions(tmp_path / "in")
-    run(write_config(tmp_path, questions, teacher.url))
+    first = run(write_config(tmp_path, questions, teacher.url))
     teacher.stop()
-    relabelled = run(write_config(tmp_path, questions, teacher.url, difficulty={"threshold": 0.95}))
-    open_rows = [row for row in corpus_rows(relabelled["corpus"]) if row["kind"] == "subjective"]
-    assert relabelled["version"] == "v0002"
-    assert {row["mode"] for row in open_rows if "Describe" in row["question"]} == {"direct"}
+    second = run(write_config(tmp_path, questions, teacher.url, verification={"relative_tolerance": 0.5}))
+    assert (second["version"], second["new_teacher_calls"]) == ("v0002", 0)
+    assert corpus_rows(first["corpus"])[0]["recipe"] != corpus_rows(second["corpus"])[0]["recipe"]
 
 
 def test_the_corpus_does_not_depend_on_workers_or_waves(tmp_path: Path, teacher: ReplayTeacher) -> None:
@@ -202,9 +201,13 @@ def test_a_corrupt_parquet_file_is_named(tmp_path: Path, teacher: ReplayTeacher)
 
 def test_too_large_a_quarantine_stops_the_run_and_says_why(tmp_path: Path, teacher: ReplayTeacher) -> None:
     questions = tmp_path / "bad.jsonl"
-    questions.write_text('{"id": "1", "question": ""}\n' * 5 + '{"id": "2", "question": "Why?"}\n', encoding="utf-8")
+    empty = '{"id": "1", "question": ""}\n'
+    questions.write_text(empty * 5 + '{"id": "2", "question": "Why?", "answer": "so"}\n', encoding="utf-8")
+    sources = [
+        {"name": "a", "format": "jsonl", "path": str(questions), "columns": {"answer": "answer", "id": "id"}},
+    ]
     with pytest.raises(QuarantineExceeded, match=r"5 of 6 rows .*question_empty"):
-        run(write_config(tmp_path, questions, teacher.url))
+        run(write_config(tmp_path, questions, teacher.url, sources=sources))
 
 
 def test_two_rows_with_one_id_keep_the_first(tmp_path: Path, teacher: ReplayTeacher) -> None:

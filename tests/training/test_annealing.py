@@ -53,7 +53,7 @@ def test_a_finished_run_is_not_repeated(small_model: Path, corpus: Path, tmp_pat
 def test_a_run_that_died_goes_on_to_the_same_weights(
     small_model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    anneal(config(small_model, corpus, tmp_path / "calm"))
+    anneal(config(small_model, corpus, tmp_path / "calm", row_order="sequential"))
     log = annealing.MetricsFile.on_log
 
     def dies_at_step_five(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -64,11 +64,11 @@ def test_a_run_that_died_goes_on_to_the_same_weights(
     with monkeypatch.context() as patch:
         patch.setattr(annealing.MetricsFile, "on_log", dies_at_step_five)
         with pytest.raises(KeyboardInterrupt):
-            anneal(config(small_model, corpus, tmp_path / "died"))
+            anneal(config(small_model, corpus, tmp_path / "died", row_order="sequential"))
     assert not (tmp_path / "died" / "result.json").exists()
-    anneal(config(small_model, corpus, tmp_path / "died"))
+    anneal(config(small_model, corpus, tmp_path / "died", row_order="sequential"))
     calm, died = weights(tmp_path / "calm"), weights(tmp_path / "died")
-    assert all(torch.equal(calm[name], died[name]) for name in calm)
+    assert max(float((calm[name] - died[name]).abs().max()) for name in calm) == 0.0
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small_model: Path, corpus: Path, tmp_path: Path) -> None:
