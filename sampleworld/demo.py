@@ -30,7 +30,7 @@ SCHEMA = pa.schema(
         ("topic", pa.string()),
     ]
 )
-NUM_PER_GLANCE_FAMILY = 16
+NUM_PER_GLANCE_FAMILY = 32
 NUM_PER_STEPS_FAMILY = 30
 NUM_PER_OPEN_FAMILY = 18
 NUM_CONVERSATIONS = 16
@@ -92,7 +92,7 @@ def write_conversations(folder: Path, rng: random.Random) -> int:
     for number in range(NUM_CONVERSATIONS):
         scene = draw_scene(rng)
         families = STEPS if number % 2 else GLANCE
-        task = families[rng.choice([name for name in families if name != "choice"])](scene, rng)
+        task = families[rng.choice(list(families))](scene, rng)
         path = folder / "images" / f"talk-{number:03d}.png"
         path.write_bytes(render_scene(scene))
         turns = [

@@ -72,20 +72,14 @@ def reading_row(scene: Scene, rng: random.Random) -> TrainingRow:
 def looking_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a dense row in the words of the worked steps, all cells in random order, or a glance question."""
     if rng.random() < 0.8:
-        return answered_row(glance_task(scene, rng), rng, thinks=False)
+        task = GLANCE[rng.choice(list(GLANCE))](scene, rng)
+        return answered_row(task, rng, thinks=False)
     cells = rng.sample(range(9), 9)
     if rng.random() < 0.5:
         facts = [f"{scene.colours[c]} is {scene.digits[c]}." for c in cells]
         return TrainingRow("", "List the numbers.", render_completion(" ".join(facts)))
     facts = [f"{scene.colours[c]} has a {scene.dots[c]} dot." for c in cells]
     return TrainingRow("", "List the dots.", render_completion(" ".join(facts)))
-
-
-def glance_task(scene: Scene, rng: random.Random) -> Task:
-    """Returns a glance question; those that take more than one look-up come twice as often."""
-    families = list(GLANCE)
-    weights = [1 if family in {"digit", "dot"} else 2 for family in families]
-    return GLANCE[rng.choices(families, weights)[0]](scene, rng)
 
 
 def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow:
@@ -101,8 +95,8 @@ def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow
 def question_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a question of any family in either mode; questions that need steps mostly get them."""
     sort = rng.random()
-    families = STEPS if sort < 0.6 else OPEN
-    task = glance_task(scene, rng) if sort >= 0.75 else families[rng.choice(list(families))](scene, rng)
+    families = STEPS if sort < 0.6 else OPEN if sort < 0.75 else GLANCE
+    task = families[rng.choice(list(families))](scene, rng)
     return answered_row(task, rng, thinks=rng.random() < (0.85 if task.needs_steps else 0.1))
 
 

@@ -3,7 +3,7 @@
 A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digit from 0 to 9, and a dot whose colour
 names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
 
-- *glance*: answered by looking (a digit, a colour, a property of a digit, a choice of options).
+- *glance*: answered by looking (the digit of a cell, the colour of its dot).
 - *steps*: follow the dots from cell to cell and keep a running result: the sum of the numbers (`total`), or "double,
   add the cell's number, keep the last two digits" (`path`), where a guess is right once in a hundred. Each cell is
   known only when the one before it has been looked at, so the answer cannot be had at a glance.
@@ -172,35 +172,6 @@ def ask_dot(scene: Scene, rng: random.Random) -> Task:
     return Task("dot", question, scene.dots[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
 
 
-def ask_is(scene: Scene, rng: random.Random) -> Task:
-    cell = rng.randrange(9)
-    name, digit = scene.colours[cell], scene.digits[cell]
-    if rng.random() < 0.5:
-        question = rng.choice([f"Is the number in the {name} cell even?", f"Does the {name} cell show an even number?"])
-        truth = digit % 2 == 0
-    else:
-        question = rng.choice(
-            [f"Is the number in the {name} cell greater than 4?", f"Does the {name} cell show more than 4?"]
-        )
-        truth = digit > 4
-    return Task("is", question, "yes" if truth else "no", Kind.OBJECTIVE, AnswerType.BOOLEAN, Topic.GENERAL)
-
-
-def ask_choice(scene: Scene, rng: random.Random) -> Task:
-    cell = rng.randrange(9)
-    name, digit = scene.colours[cell], scene.digits[cell]
-    if rng.random() < 0.5:
-        options = ("odd", "even")
-        question = rng.choice([f"Which word fits the number in the {name} cell?", f"What is the {name} cell's number?"])
-        truth = digit % 2 == 0
-    else:
-        options = ("at most 4", "at least 5")
-        question = rng.choice([f"How large is the number in the {name} cell?", f"How much does the {name} cell show?"])
-        truth = digit > 4
-    letter = "AB"[truth]
-    return Task("choice", question, letter, Kind.OBJECTIVE, AnswerType.CHOICE, Topic.GENERAL, choices=options)
-
-
 _RULE = (
     "double the result and add the number, keeping the last two digits",
     "double what you have and add the cell's number, keeping two digits",
@@ -285,8 +256,6 @@ Asker = Callable[[Scene, random.Random], Task]
 GLANCE: dict[str, Asker] = {
     "digit": ask_digit,
     "dot": ask_dot,
-    "is": ask_is,
-    "choice": ask_choice,
 }
 STEPS: dict[str, Asker] = {"path": ask_path, "total": ask_total}
 OPEN: dict[str, Asker] = {"describe": ask_describe, "explain": ask_explain}
