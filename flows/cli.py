@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -148,8 +148,7 @@ def _prepare_prefect() -> None:
 
 def main() -> None:
     """Entry point of the `bimode` command."""
-    run: Callable[[], None] = app
-    run()
+    app()
 
 
 if __name__ == "__main__":

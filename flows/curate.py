@@ -111,7 +111,7 @@ def _run_stage(stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> l
         if seconds - logged > _LOG_SECONDS:
             logged = seconds
             logger.info("%s: %s", title, _progress_line(progress, seconds))
-    markers = _results(futures)
+    markers = [future.result() for future in futures]
     update_progress_artifact(artifact, 100.0)
     logger.info("%s: done, %s", title, _progress_line(progress, time.monotonic() - started))
     return markers
@@ -127,10 +127,6 @@ def _progress_line(progress: Progress, seconds: float) -> str:
     rate = progress.num_done / seconds if seconds else 0.0
     left = (progress.num_total - progress.num_done) / rate if rate else 0.0
     return f"{progress.num_done:,} of {progress.num_total:,} rows, {rate:,.1f} rows/s, about {left:,.0f} s left"
-
-
-def _results(futures: Sequence[PrefectFuture[Marker]]) -> list[Marker]:
-    return [future.result() for future in futures]
 
 
 class Curation:

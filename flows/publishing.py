@@ -14,13 +14,13 @@ from corpus.excerpts import pick_fates, pick_rows
 from corpus.report import PurposeUsage, ReportInputs, build_report, summary_table
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version, next_version_name
-from corpus.writer import STAGE, ShardInfo, write_fates, write_shards
+from corpus.writer import STAGE, write_fates, write_shards
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
 from flows.work_rows import work_rows
-from flows.workspace import Marker, UsageCount, digest_of, write_file
+from flows.workspace import Marker, UsageCount, digest_of, merged_usage, write_file
 from schemas.config import RunConfig
-from schemas.fates import Exit, Fate, StageCount
+from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.rows import LabelledSample
 from schemas.samples import Kind
 from schemas.verdicts import Mode
@@ -86,9 +86,11 @@ def publish(runtime: Runtime, markers: Mapping[str, Sequence[Marker]]) -> Publis
     unwritable = [fate for shard in shards for fate in shard.fates]
     write_fates(_all_fates(runtime, markers, unwritable), building / FATES_FILE)
     counts = stage_counts(markers)
-    counts[STAGE] = _corpus_count(shards, unwritable)
+    num_kept = sum(shard.num_rows for shard in shards)
+    counts[STAGE] = count_stage(num_kept + len(unwritable), num_kept, unwritable)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    figures = _write_pages(runtime, building, counts, total_usage(markers), created=created, inputs=inputs)
+    usage = merged_usage(marker.usage for done in markers.values() for marker in done)
+    figures = _write_pages(runtime, building, counts, usage, created=created, recipe=recipe, inputs=inputs)
     committed = commit_version(
         building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
     )
@@ -124,16 +126,6 @@ def stage_counts(markers: Mapping[str, Sequence[Marker]]) -> dict[str, StageCoun
     return counts
 
 
-def total_usage(markers: Mapping[str, Sequence[Marker]]) -> dict[str, UsageCount]:
-    """Returns what all replies of the corpus cost, by purpose, in order of the stages."""
-    usage: dict[str, UsageCount] = {}
-    for done in markers.values():
-        for marker in done:
-            for purpose, count in marker.usage.items():
-                usage[purpose] = usage.get(purpose, UsageCount()) + count
-    return usage
-
-
 def _labelled(runtime: Runtime, shards: Sequence[str]) -> Iterator[LabelledSample]:
     config = runtime.config
     for shard in shards:
@@ -156,14 +148,6 @@ def _all_fates(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], unwrit
     yield from unwritable
 
 
-def _corpus_count(shards: Sequence[ShardInfo], unwritable: Sequence[Fate]) -> StageCount:
-    num_kept = sum(shard.num_rows for shard in shards)
-    count = StageCount(num_in=num_kept + len(unwritable), num_kept=num_kept)
-    for fate in unwritable:
-        count.quarantined[fate.reason] += 1
-    return count
-
-
 def _write_pages(
     runtime: Runtime,
     building: Path,
@@ -171,6 +155,7 @@ def _write_pages(
     usage: Mapping[str, UsageCount],
     *,
     created: str,
+    recipe: str,
     inputs: str,
 ) -> dict[str, Any]:
     """Writes card, report and figures into the version under construction and returns the figures."""
@@ -183,7 +168,7 @@ def _write_pages(
             name=config.name,
             version=version,
             created=created,
-            recipe=recipe_digest(config),
+            recipe=recipe,
             inputs=inputs,
             teacher=teacher,
             reasoner=reasoner,
@@ -209,7 +194,7 @@ def _write_pages(
             version,
             created,
             config.corpus.licence,
-            recipe_digest(config),
+            recipe,
             teacher,
             reasoner,
             counts,
@@ -220,6 +205,3 @@ def _write_pages(
     write_file(building / REPORT_FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
     write_file(building / "README.md", card.encode("utf-8", "replace"))
     return figures
-
-
-__all__ = ["Published", "corpus_folder", "publish", "stage_counts", "total_usage"]

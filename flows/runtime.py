@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import cached_property
 from pathlib import Path
 
-from flows.labelling import Ask, Desk
+from flows.labelling import Desk
 from flows.workspace import UsageCount, Workspace
 from judges.answers import VerifierPool
 from schemas.config import EndpointConfig, RunConfig
@@ -145,6 +145,3 @@ def open_journal(path: Path) -> Iterator[Journal]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
         yield journal
-
-
-__all__ = ["Ask", "Asker", "Runtime", "open_desk", "open_journal"]

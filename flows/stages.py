@@ -16,7 +16,7 @@ from filters.traces import Trace, find_duplicate_traces
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
 from flows.runtime import Runtime, open_desk, open_journal
 from flows.work_rows import WorkRow, sample_fate, work_rows, work_table
-from flows.workspace import Marker, UsageCount, digest_of
+from flows.workspace import Marker, UsageCount, digest_of, merged_usage
 from schemas.config import EndpointConfig, RunConfig
 from schemas.fates import Exit, Fate
 from schemas.samples import Sample, samples_to_table, table_to_samples
@@ -274,8 +274,4 @@ async def _label_rows(
                 raise
             finally:
                 runtime.count_calls(sum(asker.num_new_calls for asker in askers))
-            usage: dict[str, UsageCount] = {}
-            for asker in askers:
-                for purpose, count in asker.usage.items():
-                    usage[purpose] = usage.get(purpose, UsageCount()) + count
-            return results, usage
+            return results, merged_usage(asker.usage for asker in askers)

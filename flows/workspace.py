@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from schemas.errors import StorageError
-from schemas.fates import FATE_SCHEMA, Fate, StageCount, count_stage, fates_to_table
+from schemas.fates import Fate, StageCount, count_stage, fates_to_table
 
 
 def digest_of(*parts: object) -> str:
@@ -48,6 +48,15 @@ class UsageCount:
             self.prompt_tokens + other.prompt_tokens,
             self.completion_tokens + other.completion_tokens,
         )
+
+
+def merged_usage(usages: Iterable[Mapping[str, UsageCount]]) -> dict[str, UsageCount]:
+    """Returns the sum of several usages by purpose, the purposes in order of their first appearance."""
+    merged: dict[str, UsageCount] = {}
+    for usage in usages:
+        for purpose, count in usage.items():
+            merged[purpose] = merged.get(purpose, UsageCount()) + count
+    return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +216,3 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}; free the space and start again") from error
-
-
-def concat_fates(tables: Sequence[pa.Table]) -> pa.Table:
-    """Returns all fates as one table with `FATE_SCHEMA`."""
-    return pa.concat_tables(tables) if tables else FATE_SCHEMA.empty_table()

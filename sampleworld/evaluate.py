@@ -14,7 +14,7 @@ import math
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,18 +153,13 @@ async def evaluate(endpoint: EndpointConfig, *, num_per_family: int) -> dict[str
         with Journal(Path(folder) / "replies.journal") as journal:
             for name, mode in (("direct", ThinkingMode.SHORT), ("thinking", ThinkingMode.LONG)):
                 body = {"chat_template_kwargs": {"thinking_mode": str(mode)}}
-                asked = replace_body(endpoint, body)
+                asked = endpoint.model_copy(update={"extra_body": body})
                 async with Teacher(asked, journal, store.resized_bytes, store.path) as teacher:
                     await teacher.check()
                     figures[name] = await measure_answers(questions, teacher.ask, verifiers)
                     if mode is ThinkingMode.SHORT:
                         figures["judges"] = await measure_judges(questions, teacher.ask)
     return figures
-
-
-def replace_body(endpoint: EndpointConfig, body: Mapping[str, object]) -> EndpointConfig:
-    """Returns the endpoint with another extra body."""
-    return endpoint.model_copy(update={"extra_body": body})
 
 
 def pooled(rates: dict[str, Rate], families: Iterable[str]) -> Rate:

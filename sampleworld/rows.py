@@ -24,14 +24,6 @@ from schemas.question import OPTION_LETTERS
 from schemas.samples import Kind, Topic
 from schemas.template import render_completion
 
-SCHEMA = pa.schema(
-    [
-        ("system", pa.string()),
-        ("user", pa.string()),
-        ("completion", pa.string()),
-        ("image", pa.binary()),
-    ]
-)
 RECIPES = ("reading", "looking", "teacher")
 ROWS_PER_GROUP = 2048
 BATCH_ROWS = 48
