@@ -2,7 +2,8 @@
 
 File contract: a configuration goes in; `checkpoint-*` folders and one line per log in `metrics.jsonl` come out while it
 runs; at the end the trained model in `model/` and, last of all, `result.json`, whose presence means done. Started
-again, it goes on from the newest checkpoint; when `result.json` is there it does nothing.
+again, it goes on from the newest whole checkpoint and ends with the weights of a run that was never interrupted; when
+`result.json` is there it does nothing.
 
 The loss is on completions only. The empty think block of direct rows is part of the completion and carries loss: it is
 half of what annealing teaches. Rows come as `prompt`, `completion` and `images`, the columns of the corpus.
@@ -16,7 +17,6 @@ import argparse
 import io
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -28,9 +28,9 @@ from datasets import load_dataset
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, TrainerControl, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
+from corpus.storage import write_text
 from schemas.errors import BimodeError, ConfigError, TrainingError
 from schemas.template import CHAT_TEMPLATE, THINK_TOKENS
 
@@ -99,6 +99,28 @@ class MetricsFile(TrainerCallback):
             raise TrainingError(
                 f"the loss is {loss} at step {state.global_step}: lower learning_rate or check the corpus"
             )
+
+
+class AnnealingTrainer(SFTTrainer):
+    """SFTTrainer whose resumed run really has the weights of its checkpoint.
+
+    transformers 5 saves weights under the names that models have on the hub (`visual.*`), and `from_pretrained`
+    translates them; its Trainer resumes without translating (huggingface/transformers issue 43701). Of a Qwen2.5-VL
+    checkpoint no name fits then, a warning is all that tells, and the run goes on with the weights it began with.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if model is not None:  # FSDP, whose checkpoints have names of their own
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = type(self.model).from_pretrained(resume_from_checkpoint, dtype=self.model.dtype)
+        self.model.load_state_dict(saved.state_dict(), strict=True)
+
+
+def newest_checkpoint(output: Path) -> str | None:
+    """Returns the newest whole checkpoint in a folder, or None. The trainer's state is the last file of each."""
+    whole = [path.parent for path in output.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda folder: int(folder.name.removeprefix("checkpoint-")))) if whole else None
 
 
 def load_rows(patterns: list[str]) -> Any:
@@ -191,9 +213,9 @@ def sft_arguments(config: AnnealingConfig) -> SFTConfig:
 
 
 def anneal(config: AnnealingConfig) -> dict[str, Any]:
-    """Trains as configured and returns the content of result.json. Resumes from the newest checkpoint.
+    """Trains as configured and returns the content of result.json. Resumes from the newest whole checkpoint.
 
-    Raises TrainingError: missing checkpoint or corpus, or a loss that is not finite.
+    Raises TrainingError: missing checkpoint or corpus, or a loss that is not finite. StorageError: the disk fails.
     """
     output = Path(config.output)
     result_path = output / "result.json"
@@ -204,14 +226,14 @@ def anneal(config: AnnealingConfig) -> dict[str, Any]:
     rows = load_rows(config.corpus)
     torch.manual_seed(config.seed)
     model, processor = prepare_model(config.model, bf16=config.bf16)
-    trainer = SFTTrainer(
+    trainer = AnnealingTrainer(
         model=model,
         args=sft_arguments(config),
         train_dataset=rows,
         processing_class=processor,
         callbacks=[MetricsFile(output / "metrics.jsonl")],
     )
-    state = trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)))
+    state = trainer.train(resume_from_checkpoint=newest_checkpoint(output))
     trainer.save_model(str(output / "model"))
     processor.save_pretrained(output / "model")
     result = {
@@ -223,9 +245,7 @@ def anneal(config: AnnealingConfig) -> dict[str, Any]:
         "model": "model",
         "config": config.model_dump(),
     }
-    temporary = result_path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2), encoding="utf-8")
-    os.replace(temporary, result_path)
+    write_text(result_path, json.dumps(result, indent=2))
     return result
 
 

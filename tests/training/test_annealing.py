@@ -6,13 +6,15 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from sampleworld.rows import write_rows
 from schemas.errors import ConfigError, TrainingError
 from schemas.template import FORCED_PREFIX, ThinkingMode, render_completion
 from training import annealing
-from training.annealing import AnnealingConfig, anneal, load_annealing_config, load_rows
+from training.annealing import AnnealingConfig, anneal, load_annealing_config, load_rows, newest_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -43,9 +45,8 @@ def test_a_finished_run_is_not_repeated(small_model: Path, corpus: Path, tmp_pat
     assert anneal(settings) == first
 
 
-def test_a_run_that_died_goes_on_from_its_newest_checkpoint(
-    small_model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def anneal_until_step_five(settings: AnnealingConfig) -> None:
+    """Trains as configured and dies after step five, two steps after the first checkpoint."""
     log = annealing.MetricsFile.on_log
 
     def dies_at_step_five(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
@@ -53,14 +54,37 @@ def test_a_run_that_died_goes_on_from_its_newest_checkpoint(
         if state.global_step == 5:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(annealing.MetricsFile, "on_log", dies_at_step_five)
         with pytest.raises(KeyboardInterrupt):
-            anneal(config(small_model, corpus, tmp_path / "run"))
+            anneal(settings)
+
+
+def test_a_run_that_died_goes_on_from_its_newest_checkpoint(small_model: Path, corpus: Path, tmp_path: Path) -> None:
+    anneal_until_step_five(config(small_model, corpus, tmp_path / "run"))
     assert not (tmp_path / "run" / "result.json").exists()
     assert anneal(config(small_model, corpus, tmp_path / "run"))["steps"] == 6
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 4, 5, 6]
+
+
+def test_a_run_that_died_ends_with_the_weights_of_one_that_did_not(
+    small_model: Path, corpus: Path, tmp_path: Path
+) -> None:
+    whole, resumed = (config(small_model, corpus, tmp_path / name) for name in ("whole", "died"))
+    anneal(whole)
+    anneal_until_step_five(resumed)
+    anneal(resumed)
+    expected, found = (load_file(Path(run.output, "model", "model.safetensors")) for run in (whole, resumed))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_a_checkpoint_whose_saving_was_interrupted_is_passed_over(tmp_path: Path) -> None:
+    for number, last_file in ((9, "trainer_state.json"), (10, "trainer_state.json"), (11, "optimizer.pt")):
+        folder = tmp_path / f"checkpoint-{number}"
+        folder.mkdir()
+        (folder / last_file).touch()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small_model: Path, corpus: Path, tmp_path: Path) -> None:
