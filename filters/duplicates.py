@@ -1,13 +1,14 @@
 """Exact and near duplicates among the rows of a run, and rows of one source that claim one id.
 
 The unit is (images, question, options): the same question on another image is another row, another question on the same
-image too. A pure function over light rows; the caller turns its findings into fates.
+image too. Shards are read once, each by itself, into fixed-width features (`filters.features`); everything that looks
+across rows works on those.
 
 Two rows are **exact** duplicates if images (in order), normalised question and normalised options (in order) are equal,
 whatever their answers: one question cannot be asked twice with two answers, and the better row is kept.
 
 Two rows are **near** duplicates if all of these hold; each rule keeps apart what is asked apart:
-- The images are the same, in the same order. (Similar but not identical images are compared elsewhere.)
+- The images are the same, in the same order. (Which images are the same is decided elsewhere.)
 - The options are the same in the same order: other options make another question, and a letter another answer.
 - Numbers, signs, brackets, single letters and decisive words (`normalise.is_decisive`) agree in order: "3 + 4" is not
   "3 - 4", and templates filled with other numbers resemble each other almost perfectly.
@@ -22,259 +23,330 @@ Clusters are **stars**: rows are visited from best to worst, and a row goes exac
 reference answer, its images have more pixels, its question is longer, its id is smaller, its origin comes first. That
 is a total order, so the order of the input cannot change the result.
 
-The first three rules and the answer are the *block* of a row: only rows of one block are compared at all, which also
-keeps ten thousand fillings of one template from being ten thousand squared candidates.
+The first three rules are the *block* of a row: only rows of one block are compared at all, which also keeps ten
+thousand fillings of one template from being ten thousand squared candidates.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from filters.minhash import (
-    BandIndex,
-    ComparedText,
-    band_shape,
-    bands,
-    block_key,
-    shingles,
-    signatures,
-    similarity,
-)
-from filters.normalise import decisive_tokens, normalise_text, tokens
+from filters.buckets import Keys, Rows, bucket_pairs, matching_pairs, rows_with_keys, shared_rows
+from filters.feature_files import FeatureTable
+from filters.features import Features, joined, sample_features
+from filters.likeness import likeness
+from filters.signatures import BandShape, MinHashScheme, band_shape
+from filters.stars import Edges, kept_rows, no_edges, representatives
 from schemas.config import DuplicatesConfig
-from schemas.samples import Sample
 
 EXACT = "duplicate_exact"
 NEAR = "duplicate_near"
 SAME_SOURCE_ID = "duplicate_source_id"
 
-_CACHED_TEXTS = 8192
-"""Shingled questions held at once, about 10 KiB each; the others are shingled again where they are candidates."""
+_LEADERS = (4, 32, 256)
+"""Best rows of a large bucket that are compared with all its others, raised while large buckets remain whose rows are
+not alike. Beyond the last, rows of one bucket of more than 48 that resemble none of its 256 best are not compared with
+each other: a bound for buckets that hold thousands of unlike texts, which a band of seven permutations rarely does."""
+
+_CHUNK_PAIRS = 1 << 16
+
+Origins = Callable[[Rows], Sequence[str]]
+"""Returns the origins of rows: asked only for rows that are copies of one another, to choose by it which is first."""
 
 
 @dataclass(frozen=True, slots=True)
-class DuplicateRow:
-    """What of a sample matters here. images: sha256 in order. num_pixels: of all images together."""
+class Removals:
+    """Rows that go. Rows are numbered through the new ones first, then the published ones.
 
-    origin: str
-    id: str
-    source: str
-    question: str
-    images: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    answer: str | None = None
-    num_pixels: int = 0
-    source_id: str | None = None
-
-    @classmethod
-    def from_sample(cls, sample: Sample) -> DuplicateRow:
-        return cls(
-            origin=sample.origin,
-            id=sample.id,
-            source=sample.source,
-            question=sample.question,
-            images=tuple(image.sha256 for image in sample.images),
-            choices=sample.choices,
-            answer=sample.answer,
-            num_pixels=sum(image.num_pixels for image in sample.images),
-            source_id=sample.source_id,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Duplicate:
-    """A row that goes. resembles: id of the kept row. similarity: 1 for exact ones, else the Jaccard similarity.
-
-    detail: one sentence for a person; it names the kept row's origin (copies of one row share its id) and says so where
-    the two reference answers differ.
+    rows: int64 [num_removals], ascending. is_near: bool. resembles: int64, the row that stays instead. similarity:
+    float64, 1 for exact duplicates, else the Jaccard similarity.
     """
 
-    origin: str
-    id: str
-    reason: str
-    resembles: str
-    similarity: float
-    detail: str
+    rows: Rows
+    is_near: NDArray[np.bool_]
+    resembles: Rows
+    similarity: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True)
-class IdClash:
-    """A row whose source_id an earlier row of its source, with other content, already has. first: that row's origin."""
+class Clashes:
+    """Rows whose source id belongs to another row of their source, with other content. first: that row."""
 
-    origin: str
-    id: str
-    reason: str
-    source_id: str
-    first: str
-    detail: str
+    rows: Rows
+    first: Rows
 
 
-@dataclass(frozen=True, slots=True)
-class _Keyed:
-    """A row with its comparison keys. answer: normalised, "" for none. block: images, options, decisive tokens."""
-
-    row: DuplicateRow
-    question: str
-    answer: str
-    exact: bytes
-    block: bytes
-    is_long: bool
+def scheme_of(config: DuplicatesConfig) -> MinHashScheme:
+    return MinHashScheme(config.num_permutations, config.shingle_words, config.seed)
 
 
-def find_duplicates(rows: Iterable[DuplicateRow], config: DuplicatesConfig) -> list[Duplicate]:
-    """Returns the rows that duplicate a kept row, best row first; every other row is kept.
+def shape_of(config: DuplicatesConfig) -> BandShape:
+    return band_shape(config.threshold, config.num_permutations)
 
-    The kept rows hold no duplicate among themselves, and every `resembles` is the id of a kept row. Near pairs at the
-    threshold are found with a probability of at least 99 % (see `band_shape`), more similar ones almost surely, equal
-    ones always. Origins must be unique. Time is linear in the rows but for questions of one block that resemble each
-    other just too little.
+
+def features_of(samples: pa.Table, config: DuplicatesConfig, same_image: dict[str, str] | None = None) -> Features:
+    """Returns what the rows of a samples table are compared by under a configuration."""
+    return sample_features(samples, scheme_of(config), shape_of(config), same_image)
+
+
+def find_duplicates(
+    new: FeatureTable,
+    config: DuplicatesConfig,
+    *,
+    origins: Origins,
+    published: FeatureTable | None = None,
+    left_out: Rows | None = None,
+    num_threads: int = 1,
+) -> Removals:
+    """Returns the new rows that duplicate a kept row; every other row is kept.
+
+    The kept rows hold no duplicate among themselves, and `resembles` is always a kept row. Near pairs are found with
+    the probability that `band_shape` states, equal ones always. Published rows all stay, and are better than new ones:
+    the result is that of one run over everything, but that none of them goes. left_out: new rows that take no part.
+
+    Time is linear in the new rows, and in the published ones a single pass over 8 bytes a row and band. Neither the
+    order of the rows, nor their division into shards, nor the number of threads changes which rows go.
     """
-    keyed = sorted((_keyed(row, config.shingle_words) for row in rows), key=_goodness)
-    assert len({item.row.origin for item in keyed}) == len(keyed), "two rows have one origin"
-    near = _NearStars(keyed, config) if config.near else None
-    exact: dict[bytes, int] = {}
-    found = []
-    for rank, item in enumerate(keyed):
-        if config.exact and item.exact in exact:
-            found.append(_duplicate(item, keyed[exact[item.exact]], EXACT, 1.0))
-        elif near is not None and (match := near.match(rank)) is not None:
-            found.append(_duplicate(item, keyed[match[0]], NEAR, match[1]))
+    search = _Search(new, published or FeatureTable([]), config, num_threads)
+    active = np.ones(len(new), np.bool_)
+    if left_out is not None:
+        active[left_out] = False
+    if config.exact or config.near:
+        search.remove_copies(active, origins)
+        search.remove_published(active)
+    if config.near:
+        search.remove_near(active)
+    return search.removals()
+
+
+class _Search:
+    """One search for duplicates: what is removed so far, by which row and how alike they are."""
+
+    def __init__(self, new: FeatureTable, published: FeatureTable, config: DuplicatesConfig, num_threads: int) -> None:
+        self.new, self.published, self.config, self.num_threads = new, published, config, num_threads
+        self.order = new.order()
+        self.resembles = np.full(len(new), -1, np.int64)
+        self.similarity = np.zeros(len(new), np.float64)
+        self.is_near = np.zeros(len(new), np.bool_)
+
+    def removals(self) -> Removals:
+        rows = np.flatnonzero(self.resembles >= 0)
+        # A copy may name a row that went later for resembling a third: it then resembles that one.
+        ends = self.resembles[rows]
+        inner = ends < len(self.new)
+        through = np.zeros(len(rows), np.bool_)
+        through[inner] = self.resembles[ends[inner]] >= 0
+        similarity, is_near = self.similarity[rows], self.is_near[rows]
+        similarity[through] = self.similarity[ends[through]]
+        is_near[through] = self.is_near[ends[through]]
+        ends = np.where(through, self.resembles[np.where(inner, ends, 0)], ends)
+        return Removals(rows, is_near, ends, similarity)
+
+    def _remove(self, rows: Rows, resembles: Rows, similarity: NDArray[np.float64] | float, *, is_near: bool) -> None:
+        self.resembles[rows] = resembles
+        self.similarity[rows] = similarity
+        self.is_near[rows] = is_near
+
+    def remove_copies(self, active: NDArray[np.bool_], origins: Origins) -> None:
+        """Removes exact duplicates among the new rows: all but the best of each group of equal keys."""
+        keys, more = self._exact_keys(self.new)
+        rows = np.flatnonzero(active)
+        rows = rows[shared_rows(keys[rows])]
+        order = self.order
+        rows = rows[np.lexsort((order.id_low[rows], order.id_high[rows], order.goodness[rows], more[rows], keys[rows]))]
+        if not len(rows):
+            return
+        is_first = np.ones(len(rows), np.bool_)
+        is_first[1:] = (keys[rows[1:]] != keys[rows[:-1]]) | (more[rows[1:]] != more[rows[:-1]])
+        starts = np.append(np.flatnonzero(is_first), len(rows))
+        best = rows[starts[:-1]].copy()
+        sizes = np.diff(starts)
+        for group in np.flatnonzero(sizes > 1):
+            members = rows[starts[group] : starts[group + 1]]
+            tied = members[np.logical_and.reduce([column[members] == column[members[0]] for column in order])]
+            if len(tied) > 1:
+                names = origins(tied)
+                best[group] = tied[min(range(len(tied)), key=lambda place: natural_key(names[place]))]
+        stays = np.repeat(best, sizes)
+        goes = rows != stays
+        self._remove(rows[goes], stays[goes], 1.0, is_near=not self.config.exact)
+        active[rows[goes]] = False
+
+    def _exact_keys(self, table: FeatureTable) -> tuple[Keys, Keys]:
+        names = ("exact", "exact_more") if self.config.exact else ("id_high", "id_low")
+        return table.column(names[0]), table.column(names[1])
+
+    def remove_published(self, active: NDArray[np.bool_]) -> None:
+        """Removes the new rows that duplicate a published one, exactly or nearly."""
+        if not len(self.published):
+            return
+        rows = np.flatnonzero(active)
+        keys, more = self._exact_keys(self.new)
+        old_keys, old_more = self._exact_keys(self.published)
+        pairs = matching_pairs(keys[rows], old_keys)
+        pairs = pairs[more[rows[pairs[:, 0]]] == old_more[pairs[:, 1]]]
+        pairs = pairs[::-1]
+        self._remove(rows[pairs[:, 0]], pairs[:, 1] + len(self.new), 1.0, is_near=not self.config.exact)
+        active[rows[pairs[:, 0]]] = False
+        if self.config.near:
+            self._remove_near_published(active)
+
+    def _remove_near_published(self, active: NDArray[np.bool_]) -> None:
+        rows = self._compared(active)
+        codes: list[Keys] = []
+        for band in range(self.new.num_bands):
+            name = f"band_{band}"
+            pairs = matching_pairs(self.new.column(name)[rows], self.published.column(name))
+            codes.append(_pair_codes(rows[pairs[:, 0]], pairs[:, 1]))
+        pairs = _coded_pairs(np.unique(np.concatenate(codes))) if codes else np.empty((0, 2), np.int64)
+        pairs = self._agreeing(pairs)
+        alike = self._likeness(pairs, self.published)
+        pairs, alike = pairs[alike >= 0], alike[alike >= 0]
+        old = self.published.order()
+        ranks = np.lexsort((old.id_low[pairs[:, 1]], old.id_high[pairs[:, 1]], old.goodness[pairs[:, 1]], pairs[:, 0]))[
+            ::-1
+        ]
+        pairs, alike = pairs[ranks], alike[ranks]  # the best comes last and stays
+        self._remove(pairs[:, 0], pairs[:, 1] + len(self.new), alike, is_near=True)
+        active[pairs[:, 0]] = False
+
+    def _agreeing(self, pairs: Rows) -> Rows:
+        """Returns the pairs of a new and a published row of one block whose answers do not contradict each other."""
+        answers, old_answers = self.new.column("answer")[pairs[:, 0]], self.published.column("answer")[pairs[:, 1]]
+        blocks, old_blocks = self.new.column("block")[pairs[:, 0]], self.published.column("block")[pairs[:, 1]]
+        agree = (blocks == old_blocks) & ((answers == old_answers) | (answers == 0) | (old_answers == 0))
+        return np.asarray(pairs[agree])
+
+    def _compared(self, active: NDArray[np.bool_]) -> Rows:
+        """Returns the active rows long enough for near comparison."""
+        return np.flatnonzero(active & (self.new.column("num_compared") > 0))
+
+    def remove_near(self, active: NDArray[np.bool_]) -> None:
+        """Removes near duplicates among the new rows.
+
+        Bands are gone through one at a time with the rows that are kept by what is known so far, so that a cluster
+        shrinks to its best row early on. Rows that come back, because what removed them went itself, and rows of
+        buckets too large for all their pairs are looked at again, until neither is left. Then the kept rows hold no
+        candidate pair of alike rows, and each row that goes has a better kept one: there is one such set only, so the
+        way in which it was found does not matter.
+        """
+        compared = np.zeros(len(self.new), np.bool_)
+        compared[self._compared(active)] = True
+        blocks, answers = self.new.column("block"), self.new.column("answer")
+        edges, seen = no_edges(), np.empty(0, np.uint64)
+        kept, wanted = compared.copy(), None
+        level = 0
+        while level < len(_LEADERS):
+            was_absent, crowded, num_edges = (
+                np.zeros(len(self.new), np.bool_),
+                [np.empty(0, np.int64)],
+                len(edges.better),
+            )
+            for band in range(self.new.num_bands):
+                rows = np.flatnonzero(kept)
+                was_absent |= compared & ~kept
+                column = self.new.column(f"band_{band}")
+                if wanted is not None:
+                    rows = rows[rows_with_keys(column[wanted], column[rows])]
+                found = bucket_pairs(column[rows], rows, blocks, answers, self.order, _LEADERS[level])
+                crowded.append(np.unique(found.crowded))
+                codes = np.unique(_pair_codes(found.pairs[:, 0], found.pairs[:, 1]))
+                codes = codes[~_is_member(codes, seen)]
+                if len(codes):
+                    seen = np.union1d(seen, codes)
+                    pairs = _coded_pairs(codes)
+                    alike = self._likeness(pairs, self.new)
+                    edges += Edges.of_pairs(pairs[alike >= 0], alike[alike >= 0], self.order)
+                    kept = compared & kept_rows(edges, len(self.new), self.order)
+            revived = np.flatnonzero(was_absent & kept)
+            still_crowded = np.unique(np.concatenate(crowded))
+            still_crowded = still_crowded[kept[still_crowded]]
+            if not len(revived) and not len(still_crowded):
+                break
+            if not len(revived) and len(edges.better) == num_edges:
+                level += 1
+            wanted = np.union1d(revived, still_crowded)
+        goes = np.flatnonzero(compared & ~kept)
+        stays, alike = representatives(edges, kept, self.order)
+        self._remove(goes, stays[goes], alike[goes], is_near=True)
+
+    def _likeness(self, pairs: Rows, second: FeatureTable) -> NDArray[np.float64]:
+        """Returns how alike the pairs are, -1 for not alike; in chunks, so that few texts are in memory at once."""
+        chunks = [pairs[start : start + _CHUNK_PAIRS] for start in range(0, len(pairs), _CHUNK_PAIRS)]
+        if not chunks:
+            return np.empty(0, np.float64)
+        with ThreadPoolExecutor(self.num_threads) as pool:
+            return np.concatenate(list(pool.map(lambda chunk: self._chunk_likeness(chunk, second), chunks)))
+
+    def _chunk_likeness(self, pairs: Rows, second: FeatureTable) -> NDArray[np.float64]:
+        if second is self.new:
+            rows, places = np.unique(pairs, return_inverse=True)
+            table, context, local = self.new.tokens(rows), self.new.context(rows), places.reshape(pairs.shape)
         else:
-            exact[item.exact] = rank
-            if near is not None:
-                near.keep(rank)
-    return found
+            rows, first_places = np.unique(pairs[:, 0], return_inverse=True)
+            others, other_places = np.unique(pairs[:, 1], return_inverse=True)
+            table, context = self.new.tokens(rows) + second.tokens(others), None
+            local = np.stack([first_places, other_places + len(rows)], axis=1)
+        return likeness(table, local, self.config.threshold, shingle_words=self.config.shingle_words, context=context)
 
 
-def clashing_ids(rows: Iterable[DuplicateRow]) -> list[IdClash]:
-    """Returns the rows whose source_id belongs to an earlier row of the same source with other content, by origin.
+def _pair_codes(first: Rows, second: Rows) -> Keys:
+    return (first.astype(np.uint64) << np.uint64(32)) | second.astype(np.uint64)
+
+
+def _coded_pairs(codes: Keys) -> Rows:
+    pairs: Rows = np.stack([codes >> np.uint64(32), codes & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+    return pairs
+
+
+def _is_member(codes: Keys, ordered: Keys) -> NDArray[np.bool_]:
+    if not len(ordered):
+        return np.zeros(len(codes), np.bool_)
+    places = np.minimum(np.searchsorted(ordered, codes), len(ordered) - 1)
+    return np.asarray(ordered[places] == codes)
+
+
+def clashing_ids(new: FeatureTable, *, origins: Origins) -> Clashes:
+    """Returns the rows whose source id belongs to an earlier row of the same source with other content.
 
     Content is what exact duplicates compare, and the normalised answer: rows that agree in all of it are one row read
     twice, which `find_duplicates` deals with. "Earlier" is the order of origins, with numbers in them read as numbers.
     Empty ids are none.
     """
-    first: dict[tuple[str, str], tuple[DuplicateRow, bytes]] = {}
-    clashes = []
-    for row in sorted(rows, key=lambda row: _natural(row.origin)):
-        source_id = (row.source_id or "").strip()
-        if not source_id:
+    named = new.column("named")
+    rows = np.flatnonzero(named)
+    rows = rows[shared_rows(named[rows])]
+    content = joined(joined(new.column("exact"), new.column("exact_more")), new.column("answer"))
+    rows = rows[np.lexsort((content[rows], named[rows]))]
+    bounds = np.flatnonzero(np.diff(named[rows], prepend=0, append=0))
+    goes, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for start, end in pairwise(bounds.tolist()):
+        members = rows[start:end]
+        if content[members[0]] == content[members[-1]]:
             continue
-        content = block_key(*_exact_parts(row), [_normalised_answer(row)])
-        kept, kept_content = first.setdefault((row.source, source_id), (row, content))
-        if content != kept_content:
-            detail = f"{row.origin} has the id {source_id!r} of {kept.origin}, but other content"
-            clashes.append(IdClash(row.origin, row.id, SAME_SOURCE_ID, source_id, kept.origin, detail))
-    return clashes
+        names = origins(members)
+        first = members[min(range(len(members)), key=lambda place: natural_key(names[place]))]
+        others = members[content[members] != content[first]]
+        goes.append(others)
+        firsts.append(np.full(len(others), first))
+    found, first_rows = np.concatenate(goes), np.concatenate(firsts)
+    by_row = np.argsort(found)
+    return Clashes(found[by_row], first_rows[by_row])
 
 
-def _keyed(row: DuplicateRow, shingle_words: int) -> _Keyed:
-    question = normalise_text(row.question)
-    question_tokens = tokens(question)
-    images, options, _ = parts = _exact_parts(row, question)
-    return _Keyed(
-        row=row,
-        question=question,
-        answer=_normalised_answer(row),
-        exact=block_key(*parts),
-        block=block_key(images, options, decisive_tokens(question_tokens)),
-        is_long=len(question_tokens) >= shingle_words,
-    )
-
-
-def _exact_parts(row: DuplicateRow, question: str | None = None) -> tuple[Sequence[str], Sequence[str], Sequence[str]]:
-    options = [normalise_text(choice) for choice in row.choices]
-    return row.images, options, [normalise_text(row.question) if question is None else question]
-
-
-def _normalised_answer(row: DuplicateRow) -> str:
-    return normalise_text(row.answer) if row.answer else ""
-
-
-def _goodness(item: _Keyed) -> tuple[bool, int, int, str, tuple[tuple[int, str], ...], str]:
-    """Returns a key that sorts better rows first, see the module."""
-    row = item.row
-    return (not item.answer, -row.num_pixels, -len(item.question), row.id, *_natural(row.origin))
-
-
-def _natural(origin: str) -> tuple[tuple[tuple[int, str], ...], str]:
+def natural_key(origin: str) -> tuple[tuple[tuple[int, str], ...], str]:
     """Returns a sort key in which "f#2" comes before "f#10"; digits stay text, as int() refuses very long ones."""
     pieces = re.split(r"([0-9]+)", origin)
     numbers = [piece.lstrip("0") if place % 2 else piece for place, piece in enumerate(pieces)]
     return tuple((len(piece) if place % 2 else 0, piece) for place, piece in enumerate(numbers)), origin
-
-
-class _NearStars:
-    """The kept rows as representatives of near duplicates. A row is named by its rank, 0 for the best."""
-
-    def __init__(self, keyed: Sequence[_Keyed], config: DuplicatesConfig) -> None:
-        self._keyed = keyed
-        self._threshold = config.threshold
-        self._shape = band_shape(config.threshold, config.num_permutations)
-        self._index = BandIndex()
-        self._signatures = _signatures(keyed, config)
-        self._text = lru_cache(_CACHED_TEXTS)(partial(_compared, shingle_words=config.shingle_words))
-
-    def match(self, rank: int) -> tuple[int, float] | None:
-        """Returns rank and similarity of the best kept row that the row resembles.
-
-        Rows with an answer come before rows without one, so a row with an answer meets only kept rows that have one,
-        and need look only at those with the same; a row without an answer contradicts none.
-        """
-        if rank not in self._signatures:
-            return None
-        item = self._keyed[rank]
-        block = _answer_block(item) if item.answer else item.block
-        for candidate in self._index.candidates(block, bands(self._signatures[rank], self._shape)):
-            kept, text = self._text(self._keyed[candidate].question), self._text(item.question)
-            likeness = similarity(kept, text, threshold=self._threshold)
-            if likeness is not None:
-                return candidate, likeness
-        return None
-
-    def keep(self, rank: int) -> None:
-        """Makes the row a representative."""
-        if rank in self._signatures:
-            item, row_bands = self._keyed[rank], bands(self._signatures[rank], self._shape)
-            self._index.add(rank, item.block, row_bands)
-            if item.answer:
-                self._index.add(rank, _answer_block(item), row_bands)
-
-
-def _signatures(keyed: Sequence[_Keyed], config: DuplicatesConfig) -> dict[int, NDArray[np.uint32]]:
-    """Returns the signatures by rank, of the rows that share their block with another row to be compared.
-
-    A row alone in its block has nothing to resemble, which is true of most rows with images. Equal questions share
-    their signature.
-    """
-    compared = {(item.block, item.exact if config.exact else item.row.origin) for item in keyed if item.is_long}
-    block_sizes = Counter(block for block, _ in compared)
-    ranks = [rank for rank, item in enumerate(keyed) if item.is_long and block_sizes[item.block] > 1]
-    questions = list({keyed[rank].question: None for rank in ranks})
-    shingle_sets = (_compared(question, shingle_words=config.shingle_words).shingles for question in questions)
-    computed = signatures(shingle_sets, num_permutations=config.num_permutations, seed=config.seed)
-    by_question = dict(zip(questions, computed, strict=True))
-    return {rank: by_question[keyed[rank].question] for rank in ranks}
-
-
-def _compared(question: str, *, shingle_words: int) -> ComparedText:
-    question_tokens = tokens(question)
-    return ComparedText(tuple(question_tokens), shingles(question_tokens, shingle_words))
-
-
-def _answer_block(item: _Keyed) -> bytes:
-    return block_key([item.answer]) + item.block
-
-
-def _duplicate(item: _Keyed, kept: _Keyed, reason: str, likeness: float) -> Duplicate:
-    how = "equals" if reason == EXACT else f"resembles (Jaccard {likeness:.3f})"
-    detail = f"images, question and options: {item.row.origin} {how} {kept.row.origin}"
-    if item.answer and kept.answer and item.answer != kept.answer:
-        detail += f"; the answers differ: {item.row.answer!r:.80} was dropped, {kept.row.answer!r:.80} kept"
-    return Duplicate(item.row.origin, item.row.id, reason, kept.row.id, likeness, detail)

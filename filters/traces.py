@@ -11,22 +11,19 @@ phrase that the question itself uses is no betrayal when the trace repeats it.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from filters.minhash import (
-    BandIndex,
-    ComparedText,
-    band_shape,
-    bands,
-    block_key,
-    shingles,
-    signatures,
-    similarity,
-)
-from filters.normalise import decisive_tokens, normalise_text, num_unspaced, plain_text, spaced_words, tokens
-from schemas.config import ReasoningConfig
+import numpy as np
+import pyarrow as pa
+
+from filters.duplicates import scheme_of, shape_of
+from filters.features import Features, hex_ids
+from filters.normalise import num_unspaced, plain_text, spaced_words
+from filters.signatures import band_keys, num_own_shingles
+from filters.text_columns import read_texts
+from schemas.config import DuplicatesConfig, ReasoningConfig
 from schemas.errors import ConfigError
 from schemas.template import THINK_TOKENS
 
@@ -136,24 +133,6 @@ class TraceProblem:
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """A chain of thought with the id and the question of its row."""
-
-    id: str
-    question: str
-    reasoning: str
-
-
-@dataclass(frozen=True, slots=True)
-class DuplicateTrace:
-    """A trace that says what the kept trace of row `resembles` says. similarity: in [0, 1], 1 for equal texts."""
-
-    id: str
-    resembles: str
-    similarity: float
-
-
 def trace_problem(
     reasoning: str, answer: str, *, is_truncated: bool, config: ReasoningConfig, question: str = ""
 ) -> TraceProblem | None:
@@ -195,72 +174,41 @@ def repeated_share(text: str) -> float:
     return max(_gram_share(words, size), _word_run_share(words), _character_run_share(text))
 
 
-def find_duplicate_traces(
-    traces: Iterable[Trace], threshold: float, *, num_permutations: int = 128, seed: int = 1
-) -> list[DuplicateTrace]:
-    """Returns the traces that repeat the kept trace of another row, by id; every other trace is kept.
+def trace_settings(threshold: float) -> DuplicatesConfig:
+    """Returns how traces are compared, as a setting of `filters.duplicates.find_duplicates`."""
+    return DuplicatesConfig(threshold=threshold, shingle_words=_SHINGLE_WORDS)
+
+
+def trace_features(traces: pa.Table, threshold: float) -> Features:
+    """Returns what traces are compared by. traces: columns id (32 hex digits), question and reasoning.
 
     Two traces are duplicates if their normalised texts are equal, or if numbers, signs and decisive words agree in
     order ("3 + 4 = 7" is not "2 + 5 = 7"), shared words come in the same order, and the Jaccard similarity of their
     word 5-grams reaches the threshold. 5-grams that a trace copies from its own question are left out: two rows that
-    both restate one long question have not thought the same. Traces of fewer than 20 words are never compared.
-
-    Stars as in `filters.duplicates`: the smaller id is kept, chains remove nothing, order does not matter. Ids must be
-    unique. threshold: in (0, 1].
+    both restate one long question have not thought the same. Traces of fewer than 20 words, and rows without a trace,
+    are never compared. The trace with the smallest id stays.
     """
-    ordered = sorted(traces, key=lambda trace: trace.id)
-    assert len({trace.id for trace in ordered}) == len(ordered), "two traces have one id"
-    texts = {rank: text for rank, trace in enumerate(ordered) if (text := _trace_text(trace)) is not None}
-    near = [rank for rank, text in texts.items() if len(text.own.shingles) >= _MIN_COMPARED_WORDS]
-    computed = signatures((texts[rank].own.shingles for rank in near), num_permutations=num_permutations, seed=seed)
-    shape = band_shape(threshold, num_permutations)
-    trace_bands = {rank: bands(signature, shape) for rank, signature in zip(near, computed, strict=True)}
-    equal: dict[bytes, int] = {}
-    index = BandIndex()
-    found = []
-    for rank, text in texts.items():
-        candidates = index.candidates(text.block, trace_bands.get(rank, ()))
-        if text.whole in equal:
-            found.append(DuplicateTrace(ordered[rank].id, ordered[equal[text.whole]].id, 1.0))
-        elif (match := _first_similar(text, candidates, texts, threshold)) is not None:
-            found.append(DuplicateTrace(ordered[rank].id, ordered[match[0]].id, match[1]))
-        else:
-            equal[text.whole] = rank
-            index.add(rank, text.block, trace_bands.get(rank, ()))
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _TraceText:
-    """A trace ready for comparison.
-
-    whole: key of the normalised text. block: key of its decisive tokens. own: what is not copied from the question.
-    """
-
-    whole: bytes
-    block: bytes
-    own: ComparedText
-
-
-def _trace_text(trace: Trace) -> _TraceText | None:
-    """Returns the trace as it is compared, or None if it is too short for that."""
-    text = normalise_text(trace.reasoning)
-    text_tokens = tokens(text)
-    if len(text_tokens) < _MIN_COMPARED_WORDS:
-        return None
-    copied = shingles(tokens(normalise_text(trace.question)), _SHINGLE_WORDS)
-    own = ComparedText(tuple(text_tokens), shingles(text_tokens, _SHINGLE_WORDS) - copied)
-    return _TraceText(block_key([text]), block_key(decisive_tokens(text_tokens)), own)
-
-
-def _first_similar(
-    text: _TraceText, candidates: Iterable[int], texts: Mapping[int, _TraceText], threshold: float
-) -> tuple[int, float] | None:
-    for candidate in candidates:
-        likeness = similarity(texts[candidate].own, text.own, threshold=threshold)
-        if likeness is not None:
-            return candidate, likeness
-    return None
+    settings = trace_settings(threshold)
+    text, question = read_texts(traces["reasoning"]), read_texts(traces["question"])
+    own = num_own_shingles(text.tokens, _SHINGLE_WORDS, question.tokens)
+    is_long = text.num_tokens >= _MIN_COMPARED_WORDS
+    ids = hex_ids(traces["id"])
+    nothing = np.zeros(traces.num_rows, np.uint64)
+    block = text.decisive
+    return Features(
+        exact=np.where(is_long, text.exact[:, 0], ids[:, 0]),
+        exact_more=np.where(is_long, text.exact[:, 1], ids[:, 1]),
+        block=block,
+        answer=nothing,
+        named=nothing,
+        goodness=nothing,
+        id_high=ids[:, 0],
+        id_low=ids[:, 1],
+        num_compared=np.where(is_long & (own >= _MIN_COMPARED_WORDS), own, 0).astype(np.int32),
+        bands=band_keys(text.tokens, block, scheme_of(settings), shape_of(settings), question.tokens),
+        tokens=text.tokens,
+        context=question.tokens,
+    )
 
 
 def _forbidden(reasoning: str, answer: str, question: str, config: ReasoningConfig) -> TraceProblem | None:

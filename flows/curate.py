@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
-from flows import publishing, stages
+from flows import publishing, removing, stages
 from flows.publishing import Published
+from flows.removing import RemovalPlan
 from flows.runtime import Runtime
 from flows.stack import project_folder
-from flows.stages import Progress, Removal
+from flows.stages import Progress
 from flows.workspace import Marker
 from schemas.config import RunConfig, ServeConfig, SourceConfig, load_config
 from schemas.errors import ConfigError, QuarantineExceeded
@@ -180,27 +181,27 @@ class Curation:
 
     def _plan_duplicates(self, progress: Progress) -> Work:
         return self._plan_removals(
-            stages.DUPLICATES, stages.SOURCES, stages.plan_duplicates, stages.remove_duplicates, progress
+            stages.DUPLICATES, stages.SOURCES, removing.plan_duplicates, stages.remove_duplicates, progress
         )
 
     def _plan_traces(self, progress: Progress) -> Work:
-        return self._plan_removals(stages.TRACES, "reasoning", stages.plan_traces, stages.remove_traces, progress)
+        return self._plan_removals(stages.TRACES, "reasoning", removing.plan_traces, stages.remove_traces, progress)
 
     def _plan_removals(
         self,
         stage: str,
         before: str,
-        find: Callable[[Runtime, Sequence[str]], dict[str, Removal]],
-        remove: Callable[[Runtime, Marker, Mapping[str, Removal], str, Progress], Marker],
+        find: Callable[[Runtime, Sequence[Marker]], RemovalPlan],
+        remove: Callable[[Runtime, Marker, RemovalPlan, str, Progress], Marker],
         progress: Progress,
     ) -> Work:
         """Plans a stage that looks across shards: once for all of them, unless every shard is done already."""
         done = self.markers[before]
         digest = stages.stage_digest(stage, self.config, [marker.output for marker in done])
         found = {marker.shard: self.runtime.workspace.find_marker(stage, marker.shard, digest) for marker in done}
-        removals: dict[str, Removal] = {}
+        removals: RemovalPlan = {}
         if not all(found.values()):
-            removals = find(self.runtime, [marker.shard for marker in done])
+            removals = find(self.runtime, done)
 
         def work(marker: Marker) -> Marker:
             finished = found[marker.shard]
@@ -249,12 +250,15 @@ def curate(config: str = "bimode.yaml", teacher_url: str | None = None, workdir:
             published = Curation(runtime, units).run()
     finally:
         runtime.close()
-    _announce(published)
+    _announce(settings.name, published)
     return published.to_record()
 
 
-def _announce(published: Published) -> None:
-    """Shows the result in Prefect's UI and, where it is new and not empty, emits the event that triggers training."""
+def _announce(name: str, published: Published) -> None:
+    """Shows the result in Prefect's UI and, where it is new and not empty, emits the event that triggers training.
+
+    name: of the corpus; by it the event tells apart two corpora in folders of like names.
+    """
     logger = get_run_logger()
     report = published.report.resolve()
     create_markdown_artifact(
@@ -268,7 +272,7 @@ def _announce(published: Published) -> None:
     if published.is_new and published.num_rows:
         emit_event(
             CORPUS_EVENT,
-            resource={"prefect.resource.id": f"bimode.corpus.{published.folder.parent.parent.name}"},
+            resource={"prefect.resource.id": f"bimode.corpus.{name}"},
             payload=published.to_record(),
         )
 

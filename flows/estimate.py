@@ -11,9 +11,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flows import stages
+from flows import removing, stages
+from flows.removing import RemovalPlan, split_rows
 from flows.runtime import Runtime
 from flows.stages import Progress
+from flows.workspace import Marker
 from judges import difficulty, performance, reasoning, routing
 from judges.routing import Route, route_by_rules
 from schemas.config import EndpointConfig, RunConfig
@@ -114,18 +116,19 @@ def estimate_run(config: RunConfig) -> RunEstimate:
             units = plan_units(config)
             progress = Progress(sum(unit.num_rows for unit in units))
             markers = [stages.read_source_shard(runtime, unit, progress) for unit in units]
-            removals = stages.plan_duplicates(runtime, [marker.shard for marker in markers])
-            samples = (
-                sample
-                for marker in markers
-                for sample in table_to_samples(runtime.workspace.read_rows(stages.SOURCES, marker.shard))
-                if sample.origin not in removals
-            )
+            plan = removing.plan_duplicates(runtime, markers)
+            samples = (sample for marker in markers for sample in _kept_samples(runtime, marker, plan))
             purposes = _estimate_purposes(samples, config)
     finally:
         runtime.close()
     num_quarantined = sum(marker.count.num_quarantined for marker in markers)
-    return RunEstimate(progress.num_total, num_quarantined, len(removals), purposes)
+    num_removed = sum(removals.num_rows for removals in plan.values())
+    return RunEstimate(progress.num_total, num_quarantined, num_removed, purposes)
+
+
+def _kept_samples(runtime: Runtime, marker: Marker, plan: RemovalPlan) -> list[Sample]:
+    rows = runtime.workspace.read_rows(marker.stage, marker.shard)
+    return table_to_samples(split_rows(rows, plan.get(marker.shard), stages.DUPLICATES)[0])
 
 
 def _estimate_purposes(samples: Iterator[Sample], config: RunConfig) -> tuple[PurposeEstimate, ...]:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from corpus.storage import write_text
 from schemas.errors import BimodeError
 
 STOP_SECONDS = 20.0
@@ -52,7 +53,7 @@ def start(command: list[str], *, folder: Path, environment: dict[str, str], log:
         )
     _children[process.pid] = process
     record = {"pid": process.pid, "started": start_time(process.pid)}
-    write_whole(pid_file, json.dumps(record) + "\n")
+    write_text(pid_file, json.dumps(record) + "\n")
 
 
 def recorded_pid(pid_file: Path) -> int | None:
@@ -140,10 +141,3 @@ def tail(log: Path) -> str:
         return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:])
     except OSError as error:
         return f"(unreadable: {error})"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a small file so that a reader sees the old or the new text, never a part."""
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

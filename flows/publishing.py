@@ -12,13 +12,14 @@ from typing import Any
 from corpus.card import CardInputs, build_card
 from corpus.excerpts import pick_fates, pick_rows
 from corpus.report import PurposeUsage, ReportInputs, build_report, summary_table
+from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version, next_version_name
 from corpus.writer import STAGE, write_fates, write_shards
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
 from flows.work_rows import work_rows
-from flows.workspace import Marker, UsageCount, digest_of, merged_usage, write_file
+from flows.workspace import Marker, UsageCount, digest_of, merged_usage
 from schemas.config import RunConfig
 from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.rows import LabelledSample
@@ -95,7 +96,7 @@ def publish(runtime: Runtime, markers: Mapping[str, Sequence[Marker]]) -> Publis
         building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
     )
     published = _published(committed, figures, runtime.num_new_calls)
-    write_file(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2).encode())
+    write_text(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2))
     return published
 
 
@@ -201,7 +202,7 @@ def _write_pages(
             tally,
         )
     )
-    write_file(building / REPORT_PAGE, page.encode("utf-8", "replace"))
-    write_file(building / REPORT_FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
-    write_file(building / "README.md", card.encode("utf-8", "replace"))
+    write_bytes(building / REPORT_PAGE, page.encode("utf-8", "replace"))
+    write_bytes(building / REPORT_FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
+    write_bytes(building / "README.md", card.encode("utf-8", "replace"))
     return figures

@@ -30,6 +30,7 @@ from typing import Any
 
 import httpx
 
+from corpus.storage import write_text
 from flows import processes
 from flows.processes import Report, StackError
 from schemas.config import EndpointConfig, RunConfig, ServeConfig, load_config
@@ -201,7 +202,7 @@ def _ensure_server(folder: _Folder, report: Report) -> None:
     arguments = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
     _start(folder, "server", arguments, api_url=api_url)
     _await_start(folder, "server", lambda: _is_healthy(api_url), START_SECONDS, report)
-    processes.write_whole(folder.api_url_file, api_url + "\n")
+    write_text(folder.api_url_file, api_url + "\n")
 
 
 def _choose_port(folder: _Folder, report: Report) -> int:
@@ -362,7 +363,7 @@ def _ensure_teacher(folder: _Folder, config: RunConfig, report: Report) -> None:
     report(f"starting the teacher {endpoint.model} at {endpoint.url}")
     with _logged_to(report, "teacher.serving"):
         serving.start_server(endpoint, serve, log_path=folder.log("teacher"), pid_path=pid_file, detached=True)
-    processes.write_whole(memory, wanted)
+    write_text(memory, wanted)
 
 
 def _absolute_serve(serve: ServeConfig, home: Path) -> ServeConfig:

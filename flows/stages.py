@@ -1,28 +1,29 @@
 """The stages of curation, one function per stage and shard, without Prefect.
 
 Each reads the shard of the stage before, writes its own by way of `Workspace.finish_shard`, and is skipped when it is
-done already under the same digest. Two stages look across shards: `duplicates` and `traces`.
+done already under the same digest. Two stages look across shards, `duplicates` and `traces`: their plans are made in
+`flows.removing`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from filters.duplicates import DuplicateRow, clashing_ids, find_duplicates
-from filters.traces import Trace, find_duplicate_traces
+import pyarrow as pa
+
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
+from flows.removing import RemovalPlan, split_rows
 from flows.runtime import Runtime, open_desk, open_journal
-from flows.work_rows import WorkRow, sample_fate, work_rows, work_table
+from flows.work_rows import WorkRow, unlabelled_table, work_rows, work_table
 from flows.workspace import Marker, UsageCount, digest_of, merged_usage
 from schemas.config import EndpointConfig, RunConfig
-from schemas.fates import Exit, Fate
-from schemas.samples import Sample, samples_to_table, table_to_samples
+from schemas.fates import Fate, fates_to_table
+from schemas.samples import samples_to_table
 from sources import Unit, read_unit
 
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 """Raised when the meaning of a stage's code changes, so that stored shards are made again (replies stay valid)."""
 
 SOURCES, DUPLICATES, TRACES = "sources", "duplicates", "traces"
@@ -116,114 +117,37 @@ def read_source_shard(runtime: Runtime, unit: Unit, progress: Progress) -> Marke
     if marker is None:
         samples, fates = read_unit(unit, config, runtime.images)
         marker = runtime.workspace.finish_shard(
-            SOURCES, shard, digest=digest, num_in=unit.num_rows, rows=samples_to_table(samples), fates=fates
+            SOURCES,
+            shard,
+            digest=digest,
+            num_in=unit.num_rows,
+            rows=samples_to_table(samples),
+            fates=fates_to_table(fates),
         )
     progress.advance(unit.num_rows)
     return marker
 
 
-@dataclass(frozen=True, slots=True)
-class Removal:
-    """Why a row goes, as a stage that looks across shards decided it."""
-
-    exit: Exit
-    reason: str
-    detail: str
-    resembles: str | None = None
-    similarity: float | None = None
+def remove_duplicates(runtime: Runtime, before: Marker, plan: RemovalPlan, digest: str, progress: Progress) -> Marker:
+    """Applies the plan of `removing.plan_duplicates` to one shard."""
+    rows = unlabelled_table(runtime.workspace.read_rows(before.stage, before.shard))
+    return _remove_rows(runtime, DUPLICATES, before, rows, plan, digest, progress)
 
 
-def plan_duplicates(runtime: Runtime, shards: Sequence[str]) -> dict[str, Removal]:
-    """Returns the rows to remove, by origin: rows that claim another row's id, exact and near duplicates.
-
-    Holds the texts of all rows in memory, without images.
-    """
-    config = runtime.config.duplicates
-    rows = [DuplicateRow.from_sample(sample) for sample in _samples(runtime, shards)]
-    removals = {clash.origin: Removal(Exit.QUARANTINED, clash.reason, clash.detail) for clash in clashing_ids(rows)}
-    if config.exact or config.near:
-        for duplicate in find_duplicates([row for row in rows if row.origin not in removals], config):
-            removals[duplicate.origin] = Removal(
-                Exit.DROPPED, duplicate.reason, duplicate.detail, duplicate.resembles, duplicate.similarity
-            )
-    return removals
+def remove_traces(runtime: Runtime, before: Marker, plan: RemovalPlan, digest: str, progress: Progress) -> Marker:
+    """Applies the plan of `removing.plan_traces` to one shard."""
+    rows = runtime.workspace.read_rows(before.stage, before.shard)
+    return _remove_rows(runtime, TRACES, before, rows, plan, digest, progress)
 
 
-def _samples(runtime: Runtime, shards: Sequence[str]) -> Iterator[Sample]:
-    for shard in shards:
-        yield from table_to_samples(runtime.workspace.read_rows(SOURCES, shard))
-
-
-def remove_duplicates(
-    runtime: Runtime, source: Marker, removals: Mapping[str, Removal], digest: str, progress: Progress
+def _remove_rows(
+    runtime: Runtime, stage: str, before: Marker, rows: pa.Table, plan: RemovalPlan, digest: str, progress: Progress
 ) -> Marker:
-    """Applies the plan of `plan_duplicates` to one shard."""
-    samples = table_to_samples(runtime.workspace.read_rows(SOURCES, source.shard))
-    rows = [WorkRow(sample) for sample in samples]
-    return _apply_removals(runtime, DUPLICATES, source.shard, rows, removals, digest, progress)
-
-
-def plan_traces(runtime: Runtime, shards: Sequence[str]) -> dict[str, Removal]:
-    """Returns the thinking rows whose trace duplicates another row's, by origin."""
-    traces = []
-    for shard in shards:
-        for row in work_rows(runtime.workspace.read_rows("reasoning", shard)):
-            if row.reasoning:
-                traces.append(Trace(row.sample.origin, row.sample.question, row.reasoning))
-    found = find_duplicate_traces(
-        traces,
-        runtime.config.reasoning.duplicate_threshold,
-    )
-    return {
-        item.id: Removal(
-            Exit.DROPPED,
-            "trace_duplicate",
-            f"its trace is that of {item.resembles} ({item.similarity:.2f} alike)",
-            item.resembles,
-            item.similarity,
-        )
-        for item in found
-    }
-
-
-def remove_traces(
-    runtime: Runtime, before: Marker, removals: Mapping[str, Removal], digest: str, progress: Progress
-) -> Marker:
-    """Applies the plan of `plan_traces` to one shard."""
-    rows = work_rows(runtime.workspace.read_rows("reasoning", before.shard))
-    return _apply_removals(runtime, TRACES, before.shard, rows, removals, digest, progress)
-
-
-def _apply_removals(
-    runtime: Runtime,
-    stage: str,
-    shard: str,
-    rows: Sequence[WorkRow],
-    removals: Mapping[str, Removal],
-    digest: str,
-    progress: Progress,
-) -> Marker:
-    kept, fates = [], []
-    for row in rows:
-        removal = removals.get(row.sample.origin)
-        if removal is None:
-            kept.append(row)
-            continue
-        fates.append(
-            sample_fate(
-                row.sample,
-                stage,
-                removal.exit,
-                removal.reason,
-                removal.detail,
-                resembles=removal.resembles,
-                similarity=removal.similarity,
-            )
-        )
+    kept, fates = split_rows(rows, plan.get(before.shard), stage)
     marker = runtime.workspace.finish_shard(
-        stage, shard, digest=digest, num_in=len(rows), rows=work_table(kept), fates=fates
+        stage, before.shard, digest=digest, num_in=rows.num_rows, rows=kept, fates=fates
     )
-    progress.advance(len(rows))
+    progress.advance(rows.num_rows)
     return marker
 
 
@@ -246,7 +170,7 @@ def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress
         digest=digest,
         num_in=len(rows),
         rows=work_table(result for result in results if isinstance(result, WorkRow)),
-        fates=[result for result in results if isinstance(result, Fate)],
+        fates=fates_to_table(result for result in results if isinstance(result, Fate)),
         usage=usage,
     )
 

@@ -36,9 +36,6 @@ def sample_fate(
     exit_: Exit,
     reason: str,
     detail: str,
-    *,
-    resembles: str | None = None,
-    similarity: float | None = None,
 ) -> Fate:
     """Returns the fate of a sample, with the start of its question so that a report can show it."""
     return Fate(
@@ -49,10 +46,8 @@ def sample_fate(
         exit_,
         reason,
         detail,
-        resembles,
-        similarity,
-        sample.question[:FATE_QUESTION_CHARACTERS],
-        tuple(image.sha256 for image in sample.images),
+        question=sample.question[:FATE_QUESTION_CHARACTERS],
+        images=tuple(image.sha256 for image in sample.images),
     )
 
 
@@ -86,6 +81,13 @@ def work_table(rows: Iterable[WorkRow]) -> pa.Table:
             record[name] = str(value) if isinstance(value, Mode | Heuristic) else value
         records.append(record)
     return pa.Table.from_pylist(records, schema=WORK_SCHEMA)
+
+
+def unlabelled_table(samples: pa.Table) -> pa.Table:
+    """Returns a table of samples as one of work rows about which nothing is decided yet."""
+    missing = [field for field in WORK_SCHEMA if field.name not in SAMPLE_SCHEMA.names]
+    columns = [*samples.select(SAMPLE_SCHEMA.names).columns, *(pa.nulls(len(samples), field.type) for field in missing)]
+    return pa.table(columns, schema=WORK_SCHEMA)
 
 
 def work_rows(table: pa.Table) -> list[WorkRow]:

@@ -25,8 +25,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corpus.storage import storage_errors, write_bytes, write_text
 from schemas.errors import StorageError
-from schemas.fates import Fate, StageCount, count_stage, fates_to_table
+from schemas.fates import StageCount, count_table
 
 
 def digest_of(*parts: object) -> str:
@@ -133,12 +134,16 @@ class Workspace:
     def read_rows(self, stage: str, shard: str) -> pa.Table:
         return self._read(self.rows_path(stage, shard))
 
+    def read_columns(self, stage: str, shard: str, columns: Sequence[str]) -> pa.Table:
+        """Returns some columns of a shard's rows."""
+        return self._read(self.rows_path(stage, shard), columns)
+
     def read_fates(self, stage: str, shard: str) -> pa.Table:
         return self._read(self.fates_path(stage, shard))
 
-    def _read(self, path: Path) -> pa.Table:
+    def _read(self, path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         try:
-            return pq.read_table(path)
+            return pq.read_table(path, columns=None if columns is None else list(columns))
         except (OSError, pa.ArrowInvalid) as error:
             raise StorageError(f"cannot read {path}: {error}; delete it to have it made again") from error
 
@@ -150,24 +155,23 @@ class Workspace:
         digest: str,
         num_in: int,
         rows: pa.Table,
-        fates: Sequence[Fate],
+        fates: pa.Table,
         usage: Mapping[str, UsageCount] | None = None,
     ) -> Marker:
         """Writes rows, fates and, last, the marker of a shard, and asserts that no row was lost.
 
         Raises StorageError: the files could not be written; nothing counts as done then.
         """
-        count = count_stage(num_in, rows.num_rows, fates)
+        count = count_table(num_in, rows.num_rows, fates)
         count.check(f"{stage}/{shard}")
         output = hashlib.sha256()
         for path, table in (
             (self.rows_path(stage, shard), rows),
-            (self.fates_path(stage, shard), fates_to_table(fates)),
+            (self.fates_path(stage, shard), fates),
         ):
-            output.update(write_table(path, table))
+            output.update(_write_table(path, table))
         marker = Marker(stage, shard, digest, output.hexdigest(), count, dict(usage or {}))
-        content = json.dumps(marker.to_record(), sort_keys=True).encode()
-        write_file(self.marker_path(stage, shard), content)
+        write_text(self.marker_path(stage, shard), json.dumps(marker.to_record(), sort_keys=True))
         return marker
 
     @contextmanager
@@ -176,11 +180,9 @@ class Workspace:
 
         Raises StorageError: another run holds it, or the folder cannot be made.
         """
-        try:
+        with storage_errors(self.root, "use the work folder"):
             self.root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise StorageError(f"cannot use the work folder {self.root}: {error.strerror or error}") from error
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -191,28 +193,10 @@ class Workspace:
             os.close(descriptor)
 
 
-def write_table(path: Path, table: pa.Table) -> bytes:
-    """Writes a Parquet file under its final name only when it is whole and on disk; returns its sha256."""
+def _write_table(path: Path, table: pa.Table) -> bytes:
+    """Writes a Parquet file, whole or not at all; returns its sha256. Raises StorageError."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
     content = sink.getvalue().to_pybytes()
-    write_file(path, content)
+    write_bytes(path, content)
     return hashlib.sha256(content).digest()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file by way of a temporary name, synced before the rename.
-
-    Raises StorageError: naming the file and the system's reason, e.g. no space left.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; free the space and start again") from error

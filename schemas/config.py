@@ -109,7 +109,7 @@ class DuplicatesConfig(_Section):
     threshold: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of word shingles from which on rows are alike."
     )
-    num_permutations: Positive = Field(128, description="MinHash permutations.")
+    num_permutations: int = Field(128, ge=2, description="MinHash permutations.")
     shingle_words: Positive = Field(
         3, description="Words in a shingle; questions with fewer words are matched exactly."
     )
@@ -152,7 +152,10 @@ class VerificationConfig(_Section):
     """How replies are compared with references."""
 
     timeout_seconds: float = Field(
-        10.0, gt=0, description="Longest time for one comparison before its worker is killed."
+        10.0,
+        gt=0,
+        description="Processor time after which a comparison is ended and its reply unscored; it may take ten times as "
+        "much on the clock.",
     )
     num_workers: Positive = Field(2, description="Worker processes for comparisons that need a parser.")
     relative_tolerance: float = Field(1e-4, ge=0, description="Relative tolerance of numbers.")

@@ -120,8 +120,14 @@ class StageCount:
 
 def count_stage(num_in: int, num_kept: int, fates: Iterable[Fate]) -> StageCount:
     """Returns the count of a stage from what went in, what was kept and the fates of the rest."""
+    return count_table(num_in, num_kept, fates_to_table(fates))
+
+
+def count_table(num_in: int, num_kept: int, fates: pa.Table) -> StageCount:
+    """Returns the count of a stage whose fates are a table with `FATE_SCHEMA`."""
     count = StageCount(num_in=num_in, num_kept=num_kept)
-    for fate in fates:
-        by_reason = count.dropped if fate.exit is Exit.DROPPED else count.quarantined
-        by_reason[fate.reason] += 1
+    grouped = fates.group_by(["exit", "reason"]).aggregate([([], "count_all")])
+    for group in grouped.to_pylist():
+        by_reason = count.dropped if group["exit"] == Exit.DROPPED else count.quarantined
+        by_reason[group["reason"]] += group["count_all"]
     return count

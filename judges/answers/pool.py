@@ -160,7 +160,8 @@ class VerifierPool:
 
     Letters, numbers, words and boxes are decided at once in the calling thread. Formulas go to `config.num_workers`
     processes, started when the first formula comes. A comparison that takes longer than `config.timeout_seconds` of
-    processor time is unscored with TIMEOUT, one whose worker dies with CRASHED; both go on with a new worker.
+    processor time, or ten times as much on the clock, is unscored with TIMEOUT, one whose worker dies with CRASHED;
+    both go on with a new worker.
     """
 
     def __init__(self, config: VerificationConfig) -> None:
@@ -209,8 +210,9 @@ class VerifierPool:
         try:
             return pending.conclude(self._worker().compare(pending))
         except TimeoutError:
-            limit = f"not compared within {self._config.timeout_seconds:g} s"
-            return unscored(Failure.TIMEOUT, limit, extracted)
+            limit_seconds = self._config.timeout_seconds
+            limits = f"{limit_seconds:g} s of processor time, {limit_seconds * _CLOCK_FACTOR:g} s on the clock"
+            return unscored(Failure.TIMEOUT, f"not compared within {limits}", extracted)
         except WorkerLost as lost:
             return unscored(Failure.CRASHED, str(lost), extracted)
 

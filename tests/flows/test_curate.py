@@ -100,6 +100,17 @@ def test_a_second_run_makes_no_call_and_no_new_version(tmp_path: Path, teacher: 
     assert (second["corpus"], second["is_new"], second["new_teacher_calls"]) == (first["corpus"], False, 0)
 
 
+def test_a_new_corpus_is_announced_once_under_its_own_name(
+    tmp_path: Path, teacher: ReplayTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced = []
+    monkeypatch.setattr("flows.curate.emit_event", lambda event, resource, payload: announced.append((event, resource)))
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url, name="charts.v2")
+    run(config)
+    run(config)
+    assert announced == [("bimode.corpus.created", {"prefect.resource.id": "bimode.corpus.charts.v2"})]
+
+
 def test_a_changed_verifier_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
     questions = write_questions(tmp_path / "in")
     first = run(write_config(tmp_path, questions, teacher.url))
@@ -163,7 +174,12 @@ def _run_and_kill(config: Path, *, after_calls: int, server: ReplayTeacher) -> N
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.getcwd()},
+        # The run starts a Prefect server of its own, which takes more than the usual 20 s on a busy machine.
+        env={
+            **os.environ,
+            "PYTHONPATH": os.getcwd(),
+            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
+        },
     )
     deadline = time.monotonic() + 120
     while process.poll() is None and len(server.calls) - before < after_calls and time.monotonic() < deadline:
@@ -234,8 +250,8 @@ def test_a_full_disk_is_told_by_name(tmp_path: Path, teacher: ReplayTeacher, mon
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flows.workspace.os.fsync", full)
-    with pytest.raises(StorageError, match=r"No space left on device.*start again"):
+    monkeypatch.setattr("corpus.storage.os.fsync", full)
+    with pytest.raises(StorageError, match=r"No space left on device.*free some space and run again"):
         run(config)
 
 

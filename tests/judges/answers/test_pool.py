@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from judges.answers import VerifierPool, verify
+from judges.answers.pool import _Worker
 from schemas.config import VerificationConfig
 from schemas.samples import AnswerType, Sample
 from schemas.verdicts import Failure, correct
@@ -96,6 +97,21 @@ def test_a_tower_of_powers_is_unscored_with_timeout(pool: VerifierPool) -> None:
     verdict = pool.verify("\\boxed{9^{9^{9^{9}}}+x}", EXPRESSION)
     assert verdict.failure in (Failure.TIMEOUT, Failure.CRASHED)
     assert verdict.extracted == "9^{9^{9^{9}}}+x"
+
+
+def test_a_comparison_may_take_ten_times_its_processor_time_on_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits: list[float] = []
+
+    def never_answers(worker: _Worker, limit_seconds: float) -> bytes:
+        limits.append(limit_seconds)
+        raise TimeoutError
+
+    with VerifierPool(VerificationConfig(timeout_seconds=3.0, num_workers=1)) as pool:
+        monkeypatch.setattr(_Worker, "_begin", lambda worker, task: None)
+        monkeypatch.setattr(_Worker, "_line", never_answers)
+        verdict = pool.verify("1+2x", EXPRESSION)
+    assert (verdict.failure, limits) == (Failure.TIMEOUT, [30.0])
+    assert verdict.detail == "not compared within 3 s of processor time, 30 s on the clock"
 
 
 def test_enormous_nesting_never_reaches_the_parser(pool: VerifierPool) -> None:

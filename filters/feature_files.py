@@ -1,0 +1,104 @@
+"""The features of many shards on disk, seen as one long table: columns and bands are read one at a time.
+
+Row numbers run through all shards in the order in which they are given. Files are mapped, so memory holds what is in
+use; everything a row needs lies at one place, so tokens of a few rows cost a few pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from filters.features import Features, copy_rows, stored_tokens
+from filters.row_order import RowOrder
+from filters.token_table import TokenTable
+from schemas.errors import StorageError
+
+_DIGEST = b"digest"
+
+
+def write_features(path: Path, features: Features, digest: str = "") -> None:
+    """Writes a shard's features as an uncompressed Arrow file. digest: of what shaped them. Raises OSError."""
+    table = features.to_table().replace_schema_metadata({_DIGEST: digest.encode()})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+
+
+def stored_digest(path: Path) -> str | None:
+    """Returns the digest that a file of features was written with; None if there is no such file, or a damaged one."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return None
+    found: bytes | None = metadata.get(_DIGEST)
+    return None if found is None else found.decode()
+
+
+class FeatureTable:
+    """The features in several files, or in memory, as one table."""
+
+    def __init__(self, tables: Sequence[pa.Table]) -> None:
+        self._tables = [table for table in tables if table.num_rows]
+        self.offsets = np.zeros(len(self._tables) + 1, np.int64)
+        np.cumsum([table.num_rows for table in self._tables], out=self.offsets[1:])
+        names = [name for name in ("tokens", "context") if self._tables and name in self._tables[0].column_names]
+        self._tokens = {name: [stored_tokens(table, name) for table in self._tables] for name in names}
+
+    @classmethod
+    def open(cls, paths: Sequence[Path]) -> FeatureTable:
+        """Maps files that `write_features` wrote. Raises StorageError: one is missing or damaged."""
+        tables = []
+        for path in paths:
+            try:
+                tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+            except (OSError, pa.ArrowInvalid) as error:
+                raise StorageError(f"cannot read {path}: {error}; delete it to have it made again") from error
+        return cls(tables)
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def num_bands(self) -> int:
+        return sum(name.startswith("band_") for name in self._tables[0].column_names) if self._tables else 0
+
+    def column(self, name: str) -> NDArray[np.uint64]:
+        """Returns one column of all rows."""
+        if not self._tables:
+            return np.empty(0, np.uint64)
+        parts = [chunk.to_numpy() for table in self._tables for chunk in table[name].chunks]
+        return np.concatenate(parts)
+
+    def order(self) -> RowOrder:
+        return RowOrder(self.column("goodness"), self.column("id_high"), self.column("id_low"))
+
+    def tokens(self, rows: NDArray[np.int64]) -> TokenTable:
+        """Returns the tokens of some rows, given in ascending order."""
+        return self._gathered("tokens", rows)
+
+    def context(self, rows: NDArray[np.int64]) -> TokenTable | None:
+        """Returns the tokens of the context of some rows, given in ascending order; None if rows have none."""
+        return self._gathered("context", rows) if "context" in self._tokens else None
+
+    def _gathered(self, name: str, rows: NDArray[np.int64]) -> TokenTable:
+        bounds = np.searchsorted(rows, self.offsets)
+        held = [(number, int(bounds[number]), int(bounds[number + 1])) for number in range(len(self._tables))]
+        held = [item for item in held if item[1] < item[2]]
+        tables = self._tokens.get(name, [])
+        starts = np.empty(len(rows), np.int64)
+        offsets = np.zeros(len(rows) + 1, np.int64)
+        for number, first, last in held:
+            local = rows[first:last] - self.offsets[number]
+            places = tables[number].offsets
+            starts[first:last] = places[local]
+            offsets[first + 1 : last + 1] = places[local + 1] - places[local]
+        np.cumsum(offsets, out=offsets)
+        text = np.empty(int(offsets[-1]), np.uint8)
+        for number, first, last in held:
+            copy_rows(tables[number].text, starts[first:last], offsets[first : last + 1], text)
+        return TokenTable(text, offsets)

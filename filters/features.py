@@ -1,0 +1,227 @@
+"""What a shard's rows are compared by: one record of fixed width per row, and its tokens. The form that persists.
+
+Made once when a shard is new, from the Arrow table of its samples, and stored as an uncompressed Arrow file, of which a
+later run maps only the columns it needs. Nothing here is a Python object per row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import numba
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from filters.hashing import joined64, xxh64
+from filters.signatures import BandShape, MinHashScheme, band_keys
+from filters.text_columns import read_texts
+from filters.token_table import TokenTable
+
+_MAX_PIXELS, _MAX_LENGTH = 2**38 - 1, 2**24 - 1
+_UNPUBLISHED, _UNANSWERED = np.uint64(2**63), np.uint64(2**62)
+_HEX_CHARACTERS = 32
+
+Keys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """The rows of a shard, structure of arrays; all uint64 [num_rows] where nothing else is said.
+
+    exact, exact_more: 128-bit digest of images, options and normalised question; equal for exact duplicates.
+    block: digest of images, options and decisive tokens; rows of different blocks are never near duplicates.
+    answer: digest of the normalised reference answer, 0 for none. named: digest of source and source id, 0 for none.
+    goodness, id_high, id_low: the order of rows, see `filters.row_order`.
+    num_compared: int32, tokens, or 0 for rows too short for near comparison. bands: [num_bands, num_rows].
+    tokens: of the compared text. context: tokens of a text whose shingles do not count, if there is one.
+    """
+
+    exact: Keys
+    exact_more: Keys
+    block: Keys
+    answer: Keys
+    named: Keys
+    goodness: Keys
+    id_high: Keys
+    id_low: Keys
+    num_compared: NDArray[np.int32]
+    bands: Keys
+    tokens: TokenTable
+    context: TokenTable | None = None
+
+    def __len__(self) -> int:
+        return len(self.exact)
+
+    def published(self) -> Features:
+        """Returns the features of rows that are in the corpus already: better than every row that is not."""
+        return replace(self, goodness=self.goodness & ~_UNPUBLISHED)
+
+    def to_table(self) -> pa.Table:
+        """Returns an Arrow table, one column per array and band; `filters.feature_files` reads it."""
+        columns = {name: pa.array(getattr(self, name)) for name in COLUMNS}
+        columns |= {f"band_{number}": pa.array(keys) for number, keys in enumerate(self.bands)}
+        for name, tokens in (("tokens", self.tokens), ("context", self.context)):
+            if tokens is not None:
+                buffers = [None, pa.py_buffer(tokens.offsets), pa.py_buffer(tokens.text)]
+                columns[name] = pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
+        return pa.table(columns)
+
+
+COLUMNS = tuple(field.name for field in fields(Features) if field.name not in ("bands", "tokens", "context"))
+
+
+def stored_tokens(table: pa.Table, name: str) -> TokenTable:
+    """Returns the tokens in a column of a table of features, without a copy where they are one chunk."""
+    column = table[name].combine_chunks()
+    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    _, offsets, text = array.buffers()
+    content = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(0, np.uint8)
+    return TokenTable(content, np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1])
+
+
+def sample_features(
+    samples: pa.Table, scheme: MinHashScheme, shape: BandShape, same_image: Mapping[str, str] | None = None
+) -> Features:
+    """Returns the features of a table with the columns of `schemas.samples.SAMPLE_SCHEMA`.
+
+    same_image: for images that are another one's copy, the sha256 of the one that stands for them. Releases the
+    interpreter lock during most of the work.
+    """
+    question, answer = read_texts(samples["question"]), read_texts(samples["answer"])
+    images = _images(samples["images"], same_image or {})
+    options = _lists(samples["choices"])
+    choices = read_texts(options.values)
+    option_keys = folded_lists(choices.exact[:, 0], options.offsets)
+    more_option_keys = folded_lists(choices.exact[:, 1], options.offsets)
+    image_keys = folded_lists(images.keys, images.offsets)
+    block = joined(joined(image_keys, option_keys), question.decisive)
+    ids = hex_ids(samples["id"])
+    return Features(
+        exact=joined(joined(image_keys, option_keys), question.exact[:, 0]),
+        exact_more=joined(joined(~image_keys, more_option_keys), question.exact[:, 1]),
+        block=block,
+        answer=np.where(answer.lengths > 0, answer.exact[:, 0] | np.uint64(1), np.uint64(0)),
+        named=_named(samples["source"], samples["source_id"]),
+        goodness=_goodness(answer.lengths > 0, images.num_pixels, question.lengths),
+        id_high=ids[:, 0],
+        id_low=ids[:, 1],
+        num_compared=np.where(question.num_tokens >= scheme.shingle_words, question.num_tokens, 0).astype(np.int32),
+        bands=band_keys(question.tokens, block, scheme, shape),
+        tokens=question.tokens,
+    )
+
+
+def _goodness(answered: NDArray[np.bool_], pixels: NDArray[np.int64], lengths: NDArray[np.int64]) -> Keys:
+    packed = np.where(answered, np.uint64(0), _UNANSWERED) | _UNPUBLISHED
+    packed |= (np.uint64(_MAX_PIXELS) - np.minimum(pixels, _MAX_PIXELS).astype(np.uint64)) << np.uint64(24)
+    return np.asarray(packed | (np.uint64(_MAX_LENGTH) - np.minimum(lengths, _MAX_LENGTH).astype(np.uint64)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lists:
+    """The values of a list column in one array, and offsets int64 [num_rows + 1] into it."""
+
+    values: pa.Array
+    offsets: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    keys: Keys
+    offsets: NDArray[np.int64]
+    num_pixels: NDArray[np.int64]
+
+
+def _lists(column: pa.ChunkedArray) -> _Lists:
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+    offsets = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    values = pc.list_flatten(column)
+    return _Lists(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, offsets)
+
+
+def _images(column: pa.ChunkedArray, same_image: Mapping[str, str]) -> _Images:
+    """Returns digests of the images' names, and the pixels of each row's images together."""
+    lists = _lists(column)
+    names = pc.struct_field(lists.values, "sha256")
+    if same_image:
+        known = pa.array(list(same_image), pa.string())
+        places = pc.index_in(names, known)
+        names = pc.coalesce(pc.take(pa.array(list(same_image.values()), pa.string()), places), names)
+    sides = [pc.fill_null(pc.struct_field(lists.values, side), 0).to_numpy() for side in ("width", "height")]
+    sums = np.zeros(len(names) + 1, np.int64)
+    np.cumsum(sides[0].astype(np.int64) * sides[1], out=sums[1:])
+    return _Images(string_keys(names), lists.offsets, sums[lists.offsets[1:]] - sums[lists.offsets[:-1]])
+
+
+def _named(sources: pa.ChunkedArray, names: pa.ChunkedArray) -> Keys:
+    trimmed = pc.utf8_trim_whitespace(pc.fill_null(names, ""))
+    is_named = pc.greater(pc.utf8_length(trimmed), 0).to_numpy()
+    keys = joined(string_keys(sources), string_keys(trimmed)) | np.uint64(1)
+    return np.where(is_named, keys, np.uint64(0))
+
+
+def hex_ids(column: pa.ChunkedArray) -> Keys:
+    """Returns the 128-bit ids as two numbers that order like the text. Raises ValueError: an id has not 32 digits."""
+    text = "".join(column.to_pylist())
+    if len(text) != _HEX_CHARACTERS * len(column):
+        raise ValueError("a sample's id must have 32 hexadecimal characters")
+    return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(-1, 2)
+
+
+def string_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
+    """Returns a 64-bit digest of each string as it is."""
+    flat = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(pa.large_string())
+    flat = pc.fill_null(flat, "")
+    keys = np.zeros(len(flat), np.uint64)
+    if len(flat):
+        _, offsets, text = flat.buffers()
+        content = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(1, np.uint8)
+        _hash_rows(content, np.frombuffer(offsets, np.int64)[flat.offset : flat.offset + len(flat) + 1], keys)
+    return keys
+
+
+def joined(first: Keys, second: Keys) -> Keys:
+    """Returns digests of pairs in their order."""
+    out = np.empty(len(first), np.uint64)
+    _join(np.ascontiguousarray(first), np.ascontiguousarray(second), out)
+    return out
+
+
+def folded_lists(keys: Keys, offsets: NDArray[np.int64]) -> Keys:
+    """Returns a digest of each list of keys, its length and order included."""
+    out = np.empty(len(offsets) - 1, np.uint64)
+    _fold(np.ascontiguousarray(keys), offsets, out)
+    return out
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_rows(content, offsets, out):  # type: ignore[no-untyped-def]
+    for row in range(len(out)):
+        out[row] = xxh64(content, offsets[row], offsets[row + 1], np.uint64(0))
+
+
+@numba.njit(cache=True, nogil=True)
+def _join(first, second, out):  # type: ignore[no-untyped-def]
+    for row in range(len(out)):
+        out[row] = joined64(first[row], second[row])
+
+
+@numba.njit(cache=True, nogil=True)
+def _fold(keys, offsets, out):  # type: ignore[no-untyped-def]
+    for row in range(len(out)):
+        state = np.uint64(offsets[row + 1] - offsets[row])
+        for place in range(offsets[row], offsets[row + 1]):
+            state = joined64(state, keys[place])
+        out[row] = state
+
+
+@numba.njit(cache=True, nogil=True)
+def copy_rows(text, starts, offsets, out):  # type: ignore[no-untyped-def]
+    """Copies rows of a text, from `starts`, to where `offsets` [num_rows + 1] say in `out`."""
+    for row in range(len(starts)):
+        for place in range(offsets[row + 1] - offsets[row]):
+            out[offsets[row] + place] = text[starts[row] + place]

@@ -1,0 +1,223 @@
+"""The stages that look across shards: duplicate rows, and duplicate chains of thought. Without Prefect.
+
+What a shard's rows are compared by is made once and lies beside the stage's shards (`{shard}.features`), so another run
+reads it again only for shards that are new. The comparison itself names rows by shard and number; columns, never rows,
+become Python objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from corpus.storage import replacing
+from filters.buckets import Rows
+from filters.duplicates import (
+    EXACT,
+    NEAR,
+    SAME_SOURCE_ID,
+    Clashes,
+    Removals,
+    clashing_ids,
+    features_of,
+    find_duplicates,
+)
+from filters.feature_files import FeatureTable, stored_digest, write_features
+from filters.traces import DUPLICATE as TRACE_DUPLICATE
+from filters.traces import trace_features, trace_settings
+from flows.runtime import Runtime
+from flows.work_rows import FATE_QUESTION_CHARACTERS
+from flows.workspace import Marker, Workspace, digest_of
+from schemas.fates import FATE_SCHEMA, Exit
+
+FEATURES_VERSION = 1
+"""Raised when features are made in another way, so that stored ones are made again."""
+
+REMOVAL_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("exit", pa.string()),
+        ("reason", pa.string()),
+        ("detail", pa.string()),
+        ("resembles", pa.string()),
+        ("similarity", pa.float32()),
+    ]
+)
+"""Rows of a shard that go, `row` being their number in the shard; resembles and similarity are null for id clashes."""
+
+RemovalPlan = Mapping[str, pa.Table]
+"""The removals by shard; a shard of which no row goes may be absent."""
+
+
+def plan_duplicates(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
+    """Returns the rows to remove: rows that claim another row's id, exact and near duplicates.
+
+    markers: of the stage before. Memory grows by about 60 bytes a row; texts stay on the disk.
+    """
+    config, num_threads = runtime.config.duplicates, runtime.config.parallel_shards
+    with ThreadPoolExecutor(num_threads) as pool:
+        paths = list(pool.map(lambda marker: _feature_file(runtime, marker), markers))
+    rows = _ShardRows(runtime.workspace, markers, FeatureTable.open(paths))
+    clashes = clashing_ids(rows.features, origins=rows.origins)
+    found = find_duplicates(rows.features, config, origins=rows.origins, left_out=clashes.rows, num_threads=num_threads)
+    return rows.by_shard(rows.clashes(clashes), rows.duplicates(found))
+
+
+def _feature_file(runtime: Runtime, marker: Marker) -> Path:
+    """Returns the file of a shard's features, written first if it is not there under this digest."""
+    config, workspace = runtime.config.duplicates, runtime.workspace
+    path = workspace.root / "stages" / "duplicates" / f"{marker.shard}.features"
+    shaped_by = config.model_dump(include={"threshold", "num_permutations", "shingle_words", "seed"})
+    digest = digest_of(FEATURES_VERSION, marker.output, shaped_by)
+    if stored_digest(path) != digest:
+        features = features_of(workspace.read_rows(marker.stage, marker.shard), config)
+        with replacing(path) as temporary:
+            write_features(temporary, features, digest)
+    return path
+
+
+class _ShardRows:
+    """Rows of several shards, numbered through: what the comparison found, put into words."""
+
+    def __init__(self, workspace: Workspace, markers: Sequence[Marker], features: FeatureTable) -> None:
+        self._workspace, self._markers, self.features = workspace, markers, features
+        counts = [marker.count.num_kept for marker in markers]
+        self._offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        assert self._offsets[-1] == len(features), "a shard's features are not those of its rows"
+
+    def origins(self, rows: Rows) -> Sequence[str]:
+        return list(self.texts("origin", rows).to_pylist())
+
+    def texts(self, column: str, rows: Rows) -> pa.Array:
+        """Returns a string column of some rows, in their order; reads each shard once."""
+        by_row = np.argsort(rows, kind="stable")
+        pieces = [pa.array([], pa.string())]
+        for number, local in self._by_shard(rows[by_row]):
+            marker = self._markers[number]
+            held = self._workspace.read_columns(marker.stage, marker.shard, [column])[column]
+            pieces.append(pc.take(held, pa.array(local)).combine_chunks())
+        flat = [
+            chunk for piece in pieces for chunk in (piece.chunks if isinstance(piece, pa.ChunkedArray) else [piece])
+        ]
+        back = np.empty(len(rows), np.int64)
+        back[by_row] = np.arange(len(rows))
+        return pc.take(pa.concat_arrays(flat), pa.array(back))
+
+    def _by_shard(self, rows: Rows) -> list[tuple[int, Rows]]:
+        """Returns ascending rows by the number of their shard, as numbers within it."""
+        bounds = np.searchsorted(rows, self._offsets)
+        return [
+            (number, rows[bounds[number] : bounds[number + 1]] - self._offsets[number])
+            for number in range(len(self._markers))
+            if bounds[number] < bounds[number + 1]
+        ]
+
+    def by_shard(self, *removals: pa.Table) -> RemovalPlan:
+        """Returns removals, whose rows are numbered through all shards, by shard and numbered within it."""
+        removed = pa.concat_tables(removals).sort_by("row")
+        rows = removed["row"].to_numpy()
+        plan = {}
+        for number, local in self._by_shard(rows):
+            start = int(np.searchsorted(rows, self._offsets[number]))
+            part = removed.slice(start, len(local)).set_column(0, "row", pa.array(local))
+            plan[self._markers[number].shard] = part.cast(REMOVAL_SCHEMA)
+        return plan
+
+    def clashes(self, clashes: Clashes) -> pa.Table:
+        rows = clashes.rows
+        names = self.texts("source_id", rows)
+        detail = _joined(self.texts("origin", rows), " has the id '", pc.utf8_slice_codeunits(names, 0, 80), "' of ",
+                         self.texts("origin", clashes.first), ", but other content")  # fmt: skip
+        nothing = pa.nulls(len(rows))
+        return _removals(rows, Exit.QUARANTINED, _repeated(SAME_SOURCE_ID, len(rows)), detail, nothing, nothing)
+
+    def duplicates(self, found: Removals) -> pa.Table:
+        near = pa.array(found.is_near)
+        likeness = pc.round(pa.array(found.similarity), 3).cast(pa.string())
+        how = pc.if_else(near, _joined(" resembles (Jaccard ", likeness, ") "), " equals ")
+        detail = _joined("images, question and options: ", self.texts("origin", found.rows), how,
+                         self.texts("origin", found.resembles), self._answer_note(found))  # fmt: skip
+        reasons = pc.if_else(near, NEAR, EXACT)
+        kept = self.texts("id", found.resembles)
+        return _removals(found.rows, Exit.DROPPED, reasons, detail, kept, pa.array(found.similarity))
+
+    def traces(self, found: Removals) -> pa.Table:
+        likeness = pc.round(pa.array(found.similarity), 2).cast(pa.string())
+        detail = _joined("its trace is that of ", self.texts("origin", found.resembles), " (", likeness, " alike)")
+        kept = self.texts("id", found.resembles)
+        return _removals(
+            found.rows, Exit.DROPPED, _repeated(TRACE_DUPLICATE, len(found)), detail, kept, pa.array(found.similarity)
+        )
+
+    def _answer_note(self, found: Removals) -> pa.Array:
+        """Returns a clause for the rows whose reference answer is not that of the row that stays."""
+        keys = self.features.column("answer")
+        own, other = keys[found.rows], keys[found.resembles]
+        differ = np.flatnonzero((own != other) & (own != 0) & (other != 0))
+        notes = np.full(len(found), "", object)
+        for place, gone, kept in zip(
+            differ,
+            self.texts("answer", found.rows[differ]).to_pylist(),
+            self.texts("answer", found.resembles[differ]).to_pylist(),
+            strict=True,
+        ):
+            notes[place] = f"; the answers differ: {gone!r:.80} was dropped, {kept!r:.80} kept"
+        return pa.array(notes, pa.string())
+
+
+def plan_traces(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
+    """Returns the thinking rows whose chain of thought is another row's."""
+    threshold, num_threads = runtime.config.reasoning.duplicate_threshold, runtime.config.parallel_shards
+    tables = []
+    for marker in markers:
+        traces = runtime.workspace.read_columns(marker.stage, marker.shard, ["id", "question", "reasoning"])
+        tables.append(trace_features(traces, threshold).to_table())
+    rows = _ShardRows(runtime.workspace, markers, FeatureTable(tables))
+    settings = trace_settings(threshold)
+    found = find_duplicates(rows.features, settings, origins=rows.origins, num_threads=num_threads)
+    return rows.by_shard(rows.traces(found))
+
+
+def _removals(
+    rows: Rows, exit_: Exit, reasons: pa.Array, detail: pa.Array, resembles: pa.Array, similarity: pa.Array
+) -> pa.Table:
+    columns = [pa.array(rows), _repeated(str(exit_), len(rows)), reasons, detail, resembles, similarity]
+    return pa.table(columns, names=REMOVAL_SCHEMA.names).cast(REMOVAL_SCHEMA)
+
+
+def _repeated(text: str, number: int) -> pa.Array:
+    return pa.repeat(pa.scalar(text), number)
+
+
+def _joined(*parts: pa.Array | str) -> pa.Array:
+    return pc.binary_join_element_wise(*parts, "")
+
+
+def split_rows(table: pa.Table, removals: pa.Table | None, stage: str) -> tuple[pa.Table, pa.Table]:
+    """Returns the rows that stay, and the fates of those that go. table: with the columns of a sample."""
+    if removals is None:
+        return table, FATE_SCHEMA.empty_table()
+    stays = np.ones(table.num_rows, np.bool_)
+    stays[removals["row"].to_numpy()] = False
+    gone = table.take(removals["row"]).combine_chunks()
+    images = pc.list_flatten(gone["images"])
+    sizes = pc.fill_null(pc.list_value_length(gone["images"]), 0).to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
+    names = pc.struct_field(images, "sha256").combine_chunks()
+    fates = pa.table(
+        {
+            "origin": gone["origin"],
+            "id": gone["id"],
+            "source": gone["source"],
+            "stage": _repeated(stage, gone.num_rows),
+            **{name: removals[name] for name in ("exit", "reason", "detail", "resembles", "similarity")},
+            "question": pc.utf8_slice_codeunits(gone["question"], 0, FATE_QUESTION_CHARACTERS),
+            "images": pa.ListArray.from_arrays(offsets, names),
+        }
+    )
+    return table.filter(pa.array(stays)), fates.cast(FATE_SCHEMA)

@@ -1,0 +1,67 @@
+"""The compiled reading of text columns against the functions of filters.normalise, which state the rules."""
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import xxhash
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from filters.normalise import decisive_tokens, normalise_text, tokens
+from filters.text_columns import read_texts
+
+SIGNS = list(
+    "aAbBxXzZ09 .,:;'\"!?-_+*/=()[]{}\\%$#@\t\n¿¡²½×−–’“”…éÉßﬁＡ٣三不中ก가\u1161\u0301\u200b\u200d\ufe0f👍👨İΣςǅªªⅣ″€"
+)
+WORDS = ["the", "What", "left", "NOT", "Three", "\\alpha", "\\Delta", "don't", "f'(x)", "5'3\"", "3:4", "1,000.5", ".5"]
+texts = st.one_of(
+    st.lists(st.sampled_from(SIGNS), max_size=30).map("".join),
+    st.lists(st.sampled_from([*SIGNS, *WORDS, " "]), max_size=20).map("".join),
+    st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=20),
+)
+
+
+def assert_read_as_stated(rows: list[str]) -> None:
+    found = read_texts(pa.array(rows, pa.string()))
+    for place, text in enumerate(rows):
+        normal = normalise_text(text)
+        content = normal.encode()
+        row = tokens(normal)
+        assert found.tokens.row(place) == row
+        assert found.num_tokens[place] == len(row)
+        assert found.lengths[place] == len(normal)
+        assert found.exact[place, 0] == xxhash.xxh64_intdigest(content, 0)
+        decisive = " ".join(decisive_tokens(row)).encode()
+        assert found.decisive[place] == xxhash.xxh64_intdigest(decisive, 0)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(texts, max_size=8))
+@example(["WHAT IS THIS?", "CO", "n!", "5!!", "x''y", "a - b", "well-known", "x-y", "__ _", "¿", "?!.", "f''"])
+def test_a_column_is_read_as_the_rules_state(rows: list[str]) -> None:
+    assert_read_as_stated(rows)
+
+
+def test_every_code_point_is_read_as_the_rules_state() -> None:
+    codes = [code for code in range(0x11000) if not 0xD800 <= code < 0xE000]
+    assert_read_as_stated([f"Ab{chr(code)}c {chr(code)}" for code in codes])
+    assert_read_as_stated([chr(code) for code in codes])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_absent_texts_are_empty_and_slices_keep_their_rows(kind: pa.DataType) -> None:
+    column = pa.chunked_array([pa.array(["one", None, ""], kind), pa.array(["two words", "three"], kind)]).slice(1, 3)
+    found = read_texts(column)
+    assert [found.tokens.row(place) for place in range(3)] == [[], [], ["two", "words"]]
+    assert np.array_equal(found.exact[0], found.exact[1])
+    assert found.num_tokens.tolist() == [0, 0, 2]
+
+
+def test_a_column_without_rows_has_none() -> None:
+    assert len(read_texts(pa.array([], pa.string())).tokens) == 0
+
+
+def test_a_megabyte_of_one_word_is_one_token() -> None:
+    found = read_texts(pa.array(["a" * 2**20, "b " * 2**19]))
+    assert found.num_tokens.tolist() == [1, 2**19]
