@@ -317,20 +317,24 @@ def _is_member(codes: Keys, ordered: Keys) -> NDArray[np.bool_]:
     return np.asarray(ordered[places] == codes)
 
 
-def clashing_ids(new: FeatureTable, *, origins: Origins) -> Clashes:
-    """Returns the rows whose source id belongs to an earlier row of the same source with other content.
+def clashing_ids(new: FeatureTable, *, origins: Origins, published: FeatureTable | None = None) -> Clashes:
+    """Returns the rows whose source id belongs to a published or an earlier row of the same source with other content.
 
-    Content is what exact duplicates compare, and the normalised answer: rows that agree in all of it are one row read
-    twice, which `find_duplicates` deals with. "Earlier" is the order of origins, with numbers in them read as numbers.
-    Empty ids are none.
+    Rows are numbered as in `Removals`. Content is what exact duplicates compare, and the normalised answer: rows that
+    agree in all of it are one row read twice, which `find_duplicates` deals with. "Earlier" is the order of origins,
+    with numbers in them read as numbers. Empty ids are none.
     """
-    named = new.column("named")
+    named, content = new.column("named"), _content(new)
     rows = np.flatnonzero(named)
+    old = published or FeatureTable([])
+    pairs = matching_pairs(named[rows], old.column("named"))
+    pairs = pairs[content[rows[pairs[:, 0]]] != _content(old)[pairs[:, 1]]]
+    clashing, places = np.unique(rows[pairs[:, 0]], return_index=True)
+    goes, firsts = [clashing], [pairs[places, 1] + len(new)]
+    rows = np.setdiff1d(rows, clashing, assume_unique=True)
     rows = rows[shared_rows(named[rows])]
-    content = joined(joined(new.column("exact"), new.column("exact_more")), new.column("answer"))
     rows = rows[np.lexsort((content[rows], named[rows]))]
     bounds = np.flatnonzero(np.diff(named[rows], prepend=0, append=0))
-    goes, firsts = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     for start, end in pairwise(bounds.tolist()):
         members = rows[start:end]
         if content[members[0]] == content[members[-1]]:
@@ -343,6 +347,10 @@ def clashing_ids(new: FeatureTable, *, origins: Origins) -> Clashes:
     found, first_rows = np.concatenate(goes), np.concatenate(firsts)
     by_row = np.argsort(found)
     return Clashes(found[by_row], first_rows[by_row])
+
+
+def _content(table: FeatureTable) -> Keys:
+    return joined(joined(table.column("exact"), table.column("exact_more")), table.column("answer"))
 
 
 def natural_key(origin: str) -> tuple[tuple[tuple[int, str], ...], str]:

@@ -55,9 +55,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.exact)
 
-    def published(self) -> Features:
-        """Returns the features of rows that are in the corpus already: better than every row that is not."""
-        return replace(self, goodness=self.goodness & ~_UNPUBLISHED)
+    def published(self, rows: NDArray[np.int64]) -> Features:
+        """Returns features in which some rows are in the corpus already: better than every row that is not."""
+        goodness = self.goodness.copy()
+        goodness[rows] &= ~_UNPUBLISHED
+        return replace(self, goodness=goodness)
 
     def to_table(self) -> pa.Table:
         """Returns an Arrow table, one column per array and band; `filters.feature_files` reads it."""

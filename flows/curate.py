@@ -148,7 +148,9 @@ class Curation:
             planner = self._plan_traces if stage == stages.TRACES else self._planner(stage, before)
             self._stage(stage, self._num_kept(before), planner)
             before = stage
-        return publishing.publish(self.runtime, self.markers)
+        published = publishing.publish(self.runtime, self.markers)
+        removing.settle(self.runtime, self.markers[stages.SOURCES], self.markers[stages.DUPLICATES])
+        return published
 
     def _stage(self, stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> None:
         runner: Any = ThreadPoolTaskRunner(max_workers=self.config.parallel_shards)
@@ -180,24 +182,40 @@ class Curation:
         return plan
 
     def _plan_duplicates(self, progress: Progress) -> Work:
-        return self._plan_removals(
-            stages.DUPLICATES, stages.SOURCES, removing.plan_duplicates, stages.remove_duplicates, progress
-        )
+        """Plans the comparison of all shards but those whose published result stands."""
+        done = self.markers[stages.SOURCES]
+        settled = removing.settled_shards(self.runtime, done)
+        new = [marker for marker in done if marker.shard not in settled]
+
+        def find(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
+            return removing.plan_duplicates(runtime, markers, list(settled.values()))
+
+        inputs = [[marker.output for marker in new], [marker.digest for marker in settled.values()]]
+        work = self._plan_removals(stages.DUPLICATES, new, inputs, find, stages.remove_duplicates, progress)
+        for marker in settled.values():
+            progress.advance(marker.count.num_in)
+            work[marker.shard] = lambda marker=marker: marker  # type: ignore[misc]
+        return {marker.shard: work[marker.shard] for marker in done}
 
     def _plan_traces(self, progress: Progress) -> Work:
-        return self._plan_removals(stages.TRACES, "reasoning", removing.plan_traces, stages.remove_traces, progress)
+        done = self.markers["reasoning"]
+        inputs = [marker.output for marker in done]
+        return self._plan_removals(stages.TRACES, done, inputs, removing.plan_traces, stages.remove_traces, progress)
 
     def _plan_removals(
         self,
         stage: str,
-        before: str,
+        done: Sequence[Marker],
+        inputs: object,
         find: Callable[[Runtime, Sequence[Marker]], RemovalPlan],
         remove: Callable[[Runtime, Marker, RemovalPlan, str, Progress], Marker],
         progress: Progress,
     ) -> Work:
-        """Plans a stage that looks across shards: once for all of them, unless every shard is done already."""
-        done = self.markers[before]
-        digest = stages.stage_digest(stage, self.config, [marker.output for marker in done])
+        """Plans a stage that looks across shards: once for all of them, unless every shard is done already.
+
+        done: markers of the stage before. inputs: all that the plan depends on beside the configuration.
+        """
+        digest = stages.stage_digest(stage, self.config, inputs)
         found = {marker.shard: self.runtime.workspace.find_marker(stage, marker.shard, digest) for marker in done}
         removals: RemovalPlan = {}
         if not all(found.values()):

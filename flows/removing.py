@@ -1,22 +1,28 @@
 """The stages that look across shards: duplicate rows, and duplicate chains of thought. Without Prefect.
 
-What a shard's rows are compared by is made once and lies beside the stage's shards (`{shard}.features`), so another run
-reads it again only for shards that are new. The comparison itself names rows by shard and number; columns, never rows,
-become Python objects.
+What a shard's rows are compared by is made once and lies beside the stage's shards (`{shard}.features`). The comparison
+names rows by shard and number; columns, never rows, become Python objects.
+
+A refresh costs what is new. When a corpus is published, its shards are *settled*: their result stands for good, and
+what their kept rows are compared by stays (`{shard}.published`, listed in `published.json`). The next run compares
+only the rows of other shards, with each other and with all those. Where a source has grown, its last shard is read
+anew; rows of it that are published already come before every other row, so they stay too.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from corpus.storage import replacing
-from filters.buckets import Rows
+from corpus.storage import replacing, write_text
+from filters.buckets import Rows, rows_with_keys
 from filters.duplicates import (
     EXACT,
     NEAR,
@@ -33,7 +39,11 @@ from filters.traces import trace_features, trace_settings
 from flows.runtime import Runtime
 from flows.work_rows import FATE_QUESTION_CHARACTERS
 from flows.workspace import Marker, Workspace, digest_of
+from schemas.config import DuplicatesConfig
 from schemas.fates import FATE_SCHEMA, Exit
+
+DUPLICATES = "duplicates"
+LEDGER = "published.json"
 
 FEATURES_VERSION = 1
 """Raised when features are made in another way, so that stored ones are made again."""
@@ -54,41 +64,113 @@ RemovalPlan = Mapping[str, pa.Table]
 """The removals by shard; a shard of which no row goes may be absent."""
 
 
-def plan_duplicates(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
+def plan_duplicates(runtime: Runtime, markers: Sequence[Marker], settled: Sequence[Marker] = ()) -> RemovalPlan:
     """Returns the rows to remove: rows that claim another row's id, exact and near duplicates.
 
-    markers: of the stage before. Memory grows by about 60 bytes a row; texts stay on the disk.
+    markers: of the stage before. settled: of this stage, see `settled_shards`. Memory grows by about 60 bytes a row;
+    texts stay on the disk.
     """
     config, num_threads = runtime.config.duplicates, runtime.config.parallel_shards
     with ThreadPoolExecutor(num_threads) as pool:
         paths = list(pool.map(lambda marker: _feature_file(runtime, marker), markers))
-    rows = _ShardRows(runtime.workspace, markers, FeatureTable.open(paths))
-    clashes = clashing_ids(rows.features, origins=rows.origins)
-    found = find_duplicates(rows.features, config, origins=rows.origins, left_out=clashes.rows, num_threads=num_threads)
+    published = FeatureTable.open([_published_path(runtime.workspace, marker.shard) for marker in settled])
+    rows = _ShardRows(runtime.workspace, [*markers, *settled], FeatureTable.open(paths), published)
+    clashes = clashing_ids(rows.features, origins=rows.origins, published=published)
+    found = find_duplicates(
+        rows.features,
+        config,
+        origins=rows.origins,
+        published=published,
+        left_out=clashes.rows,
+        num_threads=num_threads,
+    )
     return rows.by_shard(rows.clashes(clashes), rows.duplicates(found))
+
+
+def _features_recipe(config: DuplicatesConfig) -> str:
+    settings = config.model_dump(include={"threshold", "num_permutations", "shingle_words", "seed"})
+    return digest_of(FEATURES_VERSION, settings)
+
+
+def _published_path(workspace: Workspace, shard: str) -> Path:
+    return workspace.root / "stages" / DUPLICATES / f"{shard}.published"
 
 
 def _feature_file(runtime: Runtime, marker: Marker) -> Path:
     """Returns the file of a shard's features, written first if it is not there under this digest."""
     config, workspace = runtime.config.duplicates, runtime.workspace
-    path = workspace.root / "stages" / "duplicates" / f"{marker.shard}.features"
-    shaped_by = config.model_dump(include={"threshold", "num_permutations", "shingle_words", "seed"})
-    digest = digest_of(FEATURES_VERSION, marker.output, shaped_by)
+    path = workspace.root / "stages" / DUPLICATES / f"{marker.shard}.features"
+    earlier = _published_path(workspace, marker.shard)
+    digest = digest_of(_features_recipe(config), marker.output, stored_digest(earlier))
     if stored_digest(path) != digest:
         features = features_of(workspace.read_rows(marker.stage, marker.shard), config)
+        if earlier.exists():
+            published = FeatureTable.open([earlier]).column("id_high")
+            features = features.published(rows_with_keys(published, features.id_high))
         with replacing(path) as temporary:
             write_features(temporary, features, digest)
     return path
 
 
-class _ShardRows:
-    """Rows of several shards, numbered through: what the comparison found, put into words."""
+def settled_shards(runtime: Runtime, markers: Sequence[Marker]) -> dict[str, Marker]:
+    """Returns the markers of this stage for the shards whose published result stands, by shard.
 
-    def __init__(self, workspace: Workspace, markers: Sequence[Marker], features: FeatureTable) -> None:
-        self._workspace, self._markers, self.features = workspace, markers, features
+    markers: of the stage before. A shard that was read anew, or compared under another recipe, is not settled.
+    """
+    workspace, config = runtime.workspace, runtime.config.duplicates
+    recipe, ledger = _features_recipe(config), _read_ledger(workspace)
+    if ledger.get("recipe") != digest_of(recipe, config.model_dump()):
+        return {}
+    settled = {}
+    for marker in markers:
+        source, digest = ledger["shards"].get(marker.shard, ("", ""))
+        found = workspace.find_marker(DUPLICATES, marker.shard, digest) if source == marker.output else None
+        if found and stored_digest(_published_path(workspace, marker.shard)) == digest_of(recipe, found.output):
+            settled[marker.shard] = found
+    return settled
+
+
+def settle(runtime: Runtime, before: Sequence[Marker], markers: Sequence[Marker]) -> None:
+    """Records that the result of this stage is published. before: markers of the stage before, of the same shards."""
+    workspace, config = runtime.workspace, runtime.config.duplicates
+    recipe = _features_recipe(config)
+    for marker in markers:
+        path, digest = _published_path(workspace, marker.shard), digest_of(recipe, marker.output)
+        if stored_digest(path) != digest:
+            features = features_of(workspace.read_rows(DUPLICATES, marker.shard), config)
+            with replacing(path) as temporary:
+                write_features(temporary, features.published(np.arange(len(features))), digest)
+        path.with_suffix(".features").unlink(missing_ok=True)
+    shards = {new.shard: [old.output, new.digest] for old, new in zip(before, markers, strict=True)}
+    ledger = {"recipe": digest_of(recipe, config.model_dump()), "shards": shards}
+    write_text(workspace.root / "stages" / DUPLICATES / LEDGER, json.dumps(ledger, sort_keys=True))
+
+
+def _read_ledger(workspace: Workspace) -> dict[str, Any]:
+    path = workspace.root / "stages" / DUPLICATES / LEDGER
+    try:
+        ledger: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return ledger
+
+
+class _ShardRows:
+    """Rows of several shards, numbered through, published ones last: what the comparison found, put into words."""
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        markers: Sequence[Marker],
+        features: FeatureTable,
+        published: FeatureTable | None = None,
+    ) -> None:
+        self._workspace, self._markers = workspace, markers
+        self.features, self._published = features, published or FeatureTable([])
         counts = [marker.count.num_kept for marker in markers]
         self._offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        assert self._offsets[-1] == len(features), "a shard's features are not those of its rows"
+        num_rows = len(features) + len(self._published)
+        assert self._offsets[-1] == num_rows, "a shard's features are not those of its rows"
 
     def origins(self, rows: Rows) -> Sequence[str]:
         return list(self.texts("origin", rows).to_pylist())
@@ -156,7 +238,7 @@ class _ShardRows:
 
     def _answer_note(self, found: Removals) -> pa.Array:
         """Returns a clause for the rows whose reference answer is not that of the row that stays."""
-        keys = self.features.column("answer")
+        keys = np.concatenate([self.features.column("answer"), self._published.column("answer")])
         own, other = keys[found.rows], keys[found.resembles]
         differ = np.flatnonzero((own != other) & (own != 0) & (other != 0))
         notes = np.full(len(found), "", object)

@@ -360,6 +360,10 @@ def test_the_laws_of_duplicates(rows: list[Row], shuffler: random.Random, thresh
         assert threshold <= item.similarity <= 1
 
 
+def published_table(rows: Sequence[Row]) -> pa.Table:
+    return features_of(samples_of(rows), CONFIG).published(np.arange(len(rows))).to_table()
+
+
 @settings(max_examples=60, deadline=None)
 @given(row_lists(), st.data())
 def test_a_refresh_removes_what_resembles_a_published_or_a_new_row(rows: list[Row], data: st.DataObject) -> None:
@@ -368,13 +372,11 @@ def test_a_refresh_removes_what_resembles_a_published_or_a_new_row(rows: list[Ro
     went = {item.origin for item in find(rows[:num_old], CONFIG)}
     old = [item for item in rows[:num_old] if item.origin not in went]
     new = rows[num_old:]
-    published = FeatureTable([features_of(samples_of(old), CONFIG).published().to_table()])
+    published = FeatureTable([published_table(old)])
     found = find_duplicates(
         opened(new, CONFIG), CONFIG, published=published, origins=lambda places: [new[i].origin for i in places]
     )
-    both = FeatureTable(
-        [features_of(samples_of(old), CONFIG).published().to_table(), features_of(samples_of(new), CONFIG).to_table()]
-    )
+    both = FeatureTable([published_table(old), features_of(samples_of(new), CONFIG).to_table()])
     everything = [*old, *new]
     whole = find_duplicates(both, CONFIG, origins=lambda places: [everything[i].origin for i in places])
     assert [new[i].origin for i in found.rows] == [everything[i].origin for i in whole.rows]
@@ -412,6 +414,17 @@ def test_a_reused_source_id_is_reported_for_all_but_the_first_content() -> None:
     assert {item.origin for item in found} == {"s:f#10", "s:f#12", "s:f#13"}
     assert {item.first for item in found} == {"s:f#2"}
     assert set(clashes(rows[::-1])) == set(found)
+
+
+def test_a_published_row_keeps_its_id() -> None:
+    old = [source_row("20", "Where?")]
+    new = [source_row("1", "What?"), source_row("2", "where"), source_row("3", "Who?", source_id="8")]
+    published = FeatureTable([published_table(old)])
+    found = clashing_ids(
+        opened(new, CONFIG), published=published, origins=lambda places: [new[i].origin for i in places]
+    )
+    assert found.rows.tolist() == [0]
+    assert found.first.tolist() == [len(new)]
 
 
 def test_rows_without_an_id_of_their_own_never_clash() -> None:

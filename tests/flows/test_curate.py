@@ -148,6 +148,30 @@ def test_new_rows_alone_cost_calls(tmp_path: Path, teacher: ReplayTeacher) -> No
     assert teacher.num_repeated == 0, before
 
 
+@pytest.mark.parametrize("shard_rows", [10, 1000], ids=["in new shards", "in a shard read anew"])
+def test_published_rows_stay_when_a_better_copy_comes(tmp_path: Path, teacher: ReplayTeacher, shard_rows: int) -> None:
+    questions = write_questions(tmp_path / "in", 30)
+    config = write_config(tmp_path, questions, teacher.url, shard_rows=shard_rows)
+    before = {row["id"] for row in corpus_rows(run(config)["corpus"])}
+    stage = tmp_path / "work" / "stages" / "duplicates"
+    settled = {path.name: path.stat().st_mtime_ns for path in stage.glob("*.published")}
+    better = {"id": "better", "question": "Describe the thing number 4 here.", "image": "4.png", "answer": "A thing."}
+    other = {"id": "other", "question": "What is the sum of 30 and 31?", "answer": "61"}
+    with questions.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(better) + "\n" + json.dumps(other) + "\n")
+    result = run(config)
+    after = {row["id"] for row in corpus_rows(result["corpus"])}
+    assert before < after and len(after) == len(before) + 1
+    fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
+    fate = next(fate for fate in fates if fate["origin"] == "sums:questions.jsonl#30")
+    assert fate["reason"] == "duplicate_exact" and fate["resembles"] in before
+    assert "equals sums:questions.jsonl#4" in fate["detail"]
+    again = {path.name: path.stat().st_mtime_ns for path in stage.glob("*.published")}
+    if shard_rows == 10:
+        assert again.items() > settled.items(), "settled shards are not made again"
+    assert not list(stage.glob("*.features"))
+
+
 def test_a_killed_run_ends_with_the_identical_corpus(tmp_path: Path) -> None:
     """The whole process group is killed at random moments; only calls in flight are made again."""
     questions = write_questions(tmp_path / "in", 40)
