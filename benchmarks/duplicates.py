@@ -1,6 +1,6 @@
 """The stage `duplicates` of curation, timed whole: read, shingle, sign, band, verify, cluster, write.
 
-Questions of about 46 made-up words, 20 % of them near duplicates (two words changed) of an earlier one. The stage runs
+Questions of about 46 made-up words, 20 % of them near duplicates (one word changed) of an earlier one. The stage runs
 as `curate` runs it, on shards in a work folder. Peers get the same rows, the same bands and threshold, in the same run.
 
     python -m benchmarks.duplicates --rows 100000 --peers datasketch datatrove
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,12 @@ from schemas.fates import FATE_SCHEMA
 from schemas.samples import SAMPLE_SCHEMA
 
 SHARD_ROWS = 100_000
-NUM_WORDS, NUM_CHANGED, VOCABULARY = 46, 2, 50_000
+NUM_WORDS, NUM_CHANGED, VOCABULARY = 46, 1, 50_000
 DUPLICATE_SHARE = 0.2
 
 
 def questions(num_rows: int, *, seed: int) -> pa.Array:
-    """Returns `num_rows` questions; every fifth is an earlier one with two words changed."""
+    """Returns `num_rows` questions; every fifth is an earlier one with one word changed."""
     rng = np.random.default_rng(seed)
     letters = np.frombuffer(b"bcdfghjklmnpqrstvwxyz", np.uint8)
     lengths = np.random.default_rng(1).integers(2, 10, VOCABULARY)
@@ -95,8 +96,9 @@ def run_stage(runtime: Runtime, markers: list[Marker]) -> int:
     """Runs the stage over all shards; returns how many rows were removed."""
     plan = removing.plan_duplicates(runtime, markers)
     progress = stages.Progress(0)
-    done = [stages.remove_duplicates(runtime, marker, plan, "digest", progress) for marker in markers]
-    return sum(marker.count.num_dropped for marker in done)
+    with ThreadPoolExecutor(runtime.config.parallel_shards) as pool:
+        done = pool.map(lambda marker: stages.remove_duplicates(runtime, marker, plan, "", progress), markers)
+        return sum(marker.count.num_dropped for marker in done)
 
 
 def with_datasketch(table: pa.Table) -> int:

@@ -56,7 +56,7 @@ _LEADERS = (4, 32, 256)
 not alike. Beyond the last, rows of one bucket of more than 48 that resemble none of its 256 best are not compared with
 each other: a bound for buckets that hold thousands of unlike texts, which a band of seven permutations rarely does."""
 
-_CHUNK_PAIRS = 1 << 16
+_CHUNK_PAIRS = 1 << 13
 
 Origins = Callable[[Rows], Sequence[str]]
 """Returns the origins of rows: asked only for rows that are copies of one another, to choose by it which is first."""
@@ -267,8 +267,9 @@ class _Search:
                     seen = np.union1d(seen, codes)
                     pairs = _coded_pairs(codes)
                     alike = self._likeness(pairs, self.new)
-                    edges += Edges.of_pairs(pairs[alike >= 0], alike[alike >= 0], self.order)
-                    kept = compared & kept_rows(edges, len(self.new), self.order)
+                    if np.any(alike >= 0):
+                        edges += Edges.of_pairs(pairs[alike >= 0], alike[alike >= 0], self.order)
+                        kept = compared & kept_rows(edges, len(self.new), self.order)
             revived = np.flatnonzero(was_absent & kept)
             still_crowded = np.unique(np.concatenate(crowded))
             still_crowded = still_crowded[kept[still_crowded]]

@@ -51,7 +51,7 @@ def kept_rows(edges: Edges, num_rows: int, order: RowOrder) -> NDArray[np.bool_]
     state = np.full(num_rows, _KEPT, np.uint8)
     state[edges.worse] = _UNDECIDED
     has_kept, waits = np.zeros(num_rows, np.bool_), np.zeros(num_rows, np.bool_)
-    rows = np.unique(edges.worse)
+    rows = np.flatnonzero(state == _UNDECIDED)
     for _ in range(_MAX_SWEEPS):
         if not _sweep(edges.better, edges.worse, rows, state, has_kept, waits):
             return np.asarray(state == _KEPT)

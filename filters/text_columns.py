@@ -289,13 +289,16 @@ def _plain_codes(raw, start, end, tables, chars):  # type: ignore[no-untyped-def
 def _fold_codes(chars, size, tables):  # type: ignore[no-untyped-def]
     """Folds the case in place as `_fold_case` does and returns the number; -1 if a letter has no simple folding."""
     flags = tables.flags
-    has_lower, has_upper, is_long_run, run = False, False, False, 0
+    has_lower, has_upper, is_foreign, is_long_run, run = False, False, False, False, 0
     for place in range(size):
+        is_foreign |= chars[place] > 0x7F
         flag = flags[chars[place]]
         has_lower |= flag & _LOWER != 0
         has_upper |= flag & _UPPER != 0
         run = run + 1 if flag & _RUN else 0
         is_long_run |= run >= 4
+    if not has_upper and not is_foreign:
+        return size
     is_lower = has_lower and not has_upper
     is_shouted = not has_lower and is_long_run
     place = 0
