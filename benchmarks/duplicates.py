@@ -129,7 +129,8 @@ rows, folder, bands, size = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), in
 config = MinhashConfig(n_grams=3, num_buckets=bands, hashes_per_bucket=size, hash_config=HashConfig(precision=64))
 def reader(): return ParquetReader(rows, text_key="question", id_key="id")
 def run(pipeline, tasks):
-    LocalPipelineExecutor(pipeline, tasks=tasks, workers=2, logging_dir=None, skip_completed=False).run()
+    logs = folder / "logs" / str(len(pipeline)) / type(pipeline[-1]).__name__
+    LocalPipelineExecutor(pipeline, tasks=tasks, workers=2, logging_dir=str(logs)).run()
 if __name__ == "__main__":
     started = time.monotonic()
     run([reader(), MinhashDedupSignature(output_folder=str(folder / "signatures"), config=config)], 2)

@@ -325,9 +325,11 @@ def clashing_ids(new: FeatureTable, *, origins: Origins, published: FeatureTable
     agree in all of it are one row read twice, which `find_duplicates` deals with. "Earlier" is the order of origins,
     with numbers in them read as numbers. Empty ids are none.
     """
-    named, content = new.column("named"), _content(new)
+    named = new.column("named")
     rows = np.flatnonzero(named)
-    old = published or FeatureTable([])
+    if not len(rows):
+        return Clashes(rows, rows)
+    content, old = _content(new), published or FeatureTable([])
     pairs = matching_pairs(named[rows], old.column("named"))
     pairs = pairs[content[rows[pairs[:, 0]]] != _content(old)[pairs[:, 1]]]
     clashing, places = np.unique(rows[pairs[:, 0]], return_index=True)

@@ -1,11 +1,12 @@
 """The features of many shards on disk, seen as one long table: columns and bands are read one at a time.
 
-Row numbers run through all shards in the order in which they are given. Files are mapped, so memory holds what is in
-use; everything a row needs lies at one place, so tokens of a few rows cost a few pages.
+Row numbers run through all shards in the order in which they are given. Files are mapped, and given back to the system
+after each reading, so memory holds what is in use, not what was ever touched.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def stored_digest(path: Path) -> str | None:
 class FeatureTable:
     """The features in several files, or in memory, as one table."""
 
-    def __init__(self, tables: Sequence[pa.Table]) -> None:
+    def __init__(self, tables: Sequence[pa.Table], maps: Sequence[mmap.mmap] = ()) -> None:
         self._tables = [table for table in tables if table.num_rows]
+        self._maps = maps
         self.offsets = np.zeros(len(self._tables) + 1, np.int64)
         np.cumsum([table.num_rows for table in self._tables], out=self.offsets[1:])
         names = [name for name in ("tokens", "context") if self._tables and name in self._tables[0].column_names]
@@ -52,13 +54,15 @@ class FeatureTable:
     @classmethod
     def open(cls, paths: Sequence[Path]) -> FeatureTable:
         """Maps files that `write_features` wrote. Raises StorageError: one is missing or damaged."""
-        tables = []
+        tables, maps = [], []
         for path in paths:
             try:
-                tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-            except (OSError, pa.ArrowInvalid) as error:
+                with path.open("rb") as file:
+                    maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                tables.append(pa.ipc.open_file(pa.BufferReader(pa.py_buffer(maps[-1]))).read_all())
+            except (OSError, ValueError, pa.ArrowInvalid) as error:
                 raise StorageError(f"cannot read {path}: {error}; delete it to have it made again") from error
-        return cls(tables)
+        return cls(tables, maps)
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -72,7 +76,14 @@ class FeatureTable:
         if not self._tables:
             return np.empty(0, np.uint64)
         parts = [chunk.to_numpy() for table in self._tables for chunk in table[name].chunks]
-        return np.concatenate(parts)
+        column = np.concatenate(parts)
+        self._release()
+        return column
+
+    def _release(self) -> None:
+        """Lets the system take back the pages of the files; reading them again costs a fault, not a loss."""
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
     def order(self) -> RowOrder:
         return RowOrder(self.column("goodness"), self.column("id_high"), self.column("id_low"))
@@ -101,4 +112,5 @@ class FeatureTable:
         text = np.empty(int(offsets[-1]), np.uint8)
         for number, first, last in held:
             copy_rows(tables[number].text, starts[first:last], offsets[first : last + 1], text)
+        self._release()
         return TokenTable(text, offsets)

@@ -76,9 +76,9 @@ COLUMNS = tuple(field.name for field in fields(Features) if field.name not in ("
 
 
 def stored_tokens(table: pa.Table, name: str) -> TokenTable:
-    """Returns the tokens in a column of a table of features, without a copy where they are one chunk."""
-    column = table[name].combine_chunks()
-    array = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+    """Returns the tokens in a column of a table of features, without a copy where they are one chunk, as in a file."""
+    column = table[name]
+    array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     _, offsets, text = array.buffers()
     content = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(0, np.uint8)
     return TokenTable(content, np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1])

@@ -200,8 +200,9 @@ class _ShardRows:
         ]
 
     def by_shard(self, *removals: pa.Table) -> RemovalPlan:
-        """Returns removals, whose rows are numbered through all shards, by shard and numbered within it."""
-        removed = pa.concat_tables(removals).sort_by("row")
+        """Returns removals, ascending and numbered through all shards, by shard and numbered within it."""
+        held = [table for table in removals if table.num_rows] or [REMOVAL_SCHEMA.empty_table()]
+        removed = held[0] if len(held) == 1 else pa.concat_tables(held).sort_by("row")
         rows = removed["row"].to_numpy()
         plan = {}
         for number, local in self._by_shard(rows):
