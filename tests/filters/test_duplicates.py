@@ -300,6 +300,20 @@ def test_a_crowded_bucket_of_alike_rows_keeps_its_best_alone() -> None:
     assert len(found) == len(rows) - 1
 
 
+@pytest.mark.parametrize("exact", [True, False])
+def test_half_a_million_equal_rows_keep_one(exact: bool) -> None:
+    num_rows = 500_000
+    columns = {name: pa.nulls(num_rows, SAMPLE_SCHEMA.field(name).type) for name in SAMPLE_SCHEMA.names}
+    columns["question"] = pa.repeat(LONG, num_rows)
+    columns["source"] = pa.repeat("s", num_rows)
+    columns["id"] = pa.array([f"{number:032x}" for number in reversed(range(num_rows))])
+    config = DuplicatesConfig(exact=exact)
+    table = FeatureTable([features_of(pa.table(columns, schema=SAMPLE_SCHEMA), config).to_table()])
+    found = find_duplicates(table, config, origins=lambda rows: [str(row) for row in rows])
+    assert len(found) == num_rows - 1
+    assert set(found.resembles.tolist()) == {num_rows - 1}
+
+
 def test_near_duplicates_are_found_among_many() -> None:
     generator = random.Random(1)
     vocabulary = ["".join(generator.choices("abcdefgh", k=6)) for _ in range(2_000)]
