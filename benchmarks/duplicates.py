@@ -5,6 +5,7 @@ as `curate` runs it, on shards in a work folder. Peers get the same rows, the sa
 
     python -m benchmarks.duplicates --rows 100000 --peers datasketch datatrove
     python -m benchmarks.duplicates --rows 1000000 4000000 16400000
+    python -m benchmarks.duplicates --rows 100000 --published 10000000
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -38,6 +40,7 @@ from schemas.samples import SAMPLE_SCHEMA
 SHARD_ROWS = 100_000
 NUM_WORDS, NUM_CHANGED, VOCABULARY = 46, 1, 50_000
 DUPLICATE_SHARE = 0.2
+T = TypeVar("T")
 
 
 def questions(num_rows: int, *, seed: int) -> pa.Array:
@@ -78,27 +81,42 @@ def samples(num_rows: int, *, seed: int) -> pa.Table:
     return pa.table(columns, schema=SAMPLE_SCHEMA)
 
 
-def make_shards(runtime: Runtime, num_rows: int, *, seed: int) -> list[Marker]:
+def make_shards(runtime: Runtime, num_rows: int, *, seed: int, prefix: str = "bench") -> list[Marker]:
     """Writes source shards of a work folder, as the stage before would; returns their markers."""
     markers = []
     for number, start in enumerate(range(0, num_rows, SHARD_ROWS)):
         table = samples(min(SHARD_ROWS, num_rows - start), seed=seed + 10 * number)
         markers.append(
             runtime.workspace.finish_shard(
-                stages.SOURCES, f"bench-{number:05d}", digest="", num_in=table.num_rows, rows=table,
+                stages.SOURCES, f"{prefix}-{number:05d}", digest="", num_in=table.num_rows, rows=table,
                 fates=FATE_SCHEMA.empty_table(),
             )
         )  # fmt: skip
     return markers
 
 
-def run_stage(runtime: Runtime, markers: list[Marker]) -> int:
-    """Runs the stage over all shards; returns how many rows were removed."""
-    plan = removing.plan_duplicates(runtime, markers)
+def run_stage(runtime: Runtime, markers: list[Marker], settled: Sequence[Marker] = ()) -> list[Marker]:
+    """Runs the stage over all shards that are not settled; returns its markers."""
+    plan = removing.plan_duplicates(runtime, markers, settled)
     progress = stages.Progress(0)
     with ThreadPoolExecutor(runtime.config.parallel_shards) as pool:
-        done = pool.map(lambda marker: stages.remove_duplicates(runtime, marker, plan, "", progress), markers)
-        return sum(marker.count.num_dropped for marker in done)
+        return list(pool.map(lambda marker: stages.remove_duplicates(runtime, marker, plan, "", progress), markers))
+
+
+def bench_refresh(num_new: int, num_published: int, folder: Path) -> None:
+    """Prints a line for new rows against published ones; a fifth of the new ones resemble each other only."""
+    runtime = Runtime(bench_config(folder))
+    before = make_shards(runtime, num_published, seed=7)
+    removing.settle(runtime, before, run_stage(runtime, before))
+    new = make_shards(runtime, num_new, seed=8, prefix="new")
+    settled = list(removing.settled_shards(runtime, before).values())
+    seconds, done = timed(lambda: run_stage(runtime, new, settled))
+    print(f"{num_new:>12,} rows  refresh     {seconds:8.2f} s  against {num_published:,} published ones, "
+          f"{num_dropped(done):,} removed, peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
+
+
+def num_dropped(markers: Sequence[Marker]) -> int:
+    return sum(marker.count.num_dropped for marker in markers)
 
 
 def with_datasketch(table: pa.Table) -> int:
@@ -160,7 +178,7 @@ def with_datatrove(table: pa.Table, folder: Path, python: str) -> float:
     return float(json.loads(ran.stdout.strip().splitlines()[-1])["seconds"])
 
 
-def timed(work: Callable[[], int]) -> tuple[float, int]:
+def timed(work: Callable[[], T]) -> tuple[float, T]:
     started = time.monotonic()
     found = work()
     return time.monotonic() - started, found
@@ -180,9 +198,9 @@ def bench(num_rows: int, folder: Path, peers: list[str], datatrove_python: str) 
     """Prints a line for the stage, and one for each peer with the ratio."""
     runtime = Runtime(bench_config(folder))
     markers = make_shards(runtime, num_rows, seed=7)
-    seconds, num_removed = timed(lambda: run_stage(runtime, markers))
+    seconds, done = timed(lambda: run_stage(runtime, markers))
     print(f"{num_rows:>12,} rows  bimode      {seconds:8.2f} s  {num_rows / seconds:>11,.0f} rows/s  "
-          f"{num_removed:,} removed, peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
+          f"{num_dropped(done):,} removed, peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
     if not peers:
         return
     table = pa.concat_tables([runtime.workspace.read_rows(stages.SOURCES, marker.shard) for marker in markers])
@@ -199,6 +217,9 @@ def bench(num_rows: int, folder: Path, peers: list[str], datatrove_python: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000], help="sizes to run, one after the other")
+    parser.add_argument(
+        "--published", type=int, default=0, help="published rows that --rows new ones are compared with"
+    )
     parser.add_argument("--peers", nargs="*", default=[], choices=["datasketch", "datatrove"], help="run these too")
     parser.add_argument("--datatrove-python", default=sys.executable, help="Python of an environment with datatrove")
     parser.add_argument("--work", type=Path, default=Path(".local/benchmark"), help="folder for the data")
@@ -210,7 +231,10 @@ def main() -> None:
     run_stage(runtime, make_shards(runtime, 2000, seed=3))  # compiles the kernels
     for num_rows in arguments.rows:
         folder = arguments.work / str(num_rows)
-        bench(num_rows, folder, arguments.peers, arguments.datatrove_python)
+        if arguments.published:
+            bench_refresh(num_rows, arguments.published, folder)
+        else:
+            bench(num_rows, folder, arguments.peers, arguments.datatrove_python)
         shutil.rmtree(folder)
 
 
