@@ -272,7 +272,12 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def call(method: str, path: str, body: dict[str, Any] | None = None) -> Any:
-    reply = httpx.request(method, stack.status().api_url + path, json=body, timeout=60, trust_env=False)
+    """Returns what Prefect's server replies. A busy one (503, its database is locked) is asked again for a minute."""
+    for _ in range(60):
+        reply = httpx.request(method, stack.status().api_url + path, json=body, timeout=60, trust_env=False)
+        if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+            break
+        time.sleep(1)
     reply.raise_for_status()
     return reply.json()
 

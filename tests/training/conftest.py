@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 if "torchvision" not in sys.modules:
-    runpy.run_path(str(ROOT / "teacher" / "cpu_site" / "sitecustomize.py"), run_name="sitecustomize")
+    _SITE = runpy.run_path(
+        str(ROOT / "teacher" / "cpu_site" / "sitecustomize.py"), run_name="sitecustomize"
+    )  # kept alive
 
 
 @pytest.fixture(scope="session")
