@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filters.decontamination import Benchmark, BenchmarkIndex, BenchmarkQuestion, ShardContamination, image_keys
-from filters.token_table import TokenTable, joined_tokens, token_table
+from filters.flat_texts import FlatTexts
+from filters.text_columns import read_tokens
+from filters.token_table import TokenTable
 
 NUM_WORDS = 46
 SHARD_ROWS = 100_000
@@ -124,7 +126,8 @@ def shard(rows: list[tuple[str, str]], start: int) -> Shard:
     """Returns the rows from a place on, at most `SHARD_ROWS`. They are tokens with spaces already."""
     some = rows[start : start + SHARD_ROWS]
     texts = [text.encode() for text, _ in some]
-    assert all(joined_tokens(text) == encoded for (text, _), encoded in zip(some[:100], texts, strict=False))
+    normal = read_tokens(FlatTexts.of_strings([text for text, _ in some[:100]]))
+    assert normal.text.tobytes() == b"".join(texts[:100]), "the texts are not in their normal form"
     table = TokenTable(np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0, *map(len, texts)], dtype=np.int64))
     origins = [str(start + place) for place in range(len(some))]
     return table, image_keys(image for _, image in some), np.arange(len(some) + 1), origins
@@ -153,7 +156,7 @@ def plain_python(benchmark: Benchmark, rows: list[tuple[str, str]]) -> tuple[flo
 
 def plain_index(benchmark: Benchmark) -> tuple[dict[int, set[str]], set[tuple[str, str]], set[str]]:
     """Returns the n-grams that are evidence by their length, the short questions with their images, and all images."""
-    table = token_table([question.question for question in benchmark.questions])
+    table = read_tokens(FlatTexts.of_strings([question.question for question in benchmark.questions]))
     rows = [table.row(place) for place in range(len(table))]
     counts = Counter(gram for row in set(map(tuple, rows)) for gram in set(grams(row, MIN_NGRAM)))
     ngrams: dict[int, set[str]] = {}

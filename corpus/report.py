@@ -52,6 +52,9 @@ TOPIC_NAMES: Mapping[str, str] = {
 QUESTION_CHARACTERS = 2_000
 TEXT_CHARACTERS = 6_000
 LABEL_CHARACTERS = 160
+MAX_PAIRS = 20
+"""Pairs of row and benchmark question listed on the page for each benchmark; `report.json` has more."""
+
 MAX_GROUPS = 40
 """Sources or reasons listed on the page; `report.json` has them all."""
 
@@ -79,11 +82,42 @@ class PurposeUsage:
 
 
 @dataclass(frozen=True, slots=True)
+class LeakedPair:
+    """A row that leaks a benchmark question.
+
+    origin: of the row. question: id in the benchmark. how: ngram, exact or image. share: of the question's words, those
+    in shared n-grams. excerpt: the longest run of them.
+    """
+
+    origin: str
+    question: str
+    how: str
+    share: float
+    excerpt: str
+
+
+@dataclass(frozen=True, slots=True)
+class BenchmarkLeaks:
+    """How far a benchmark leaked into the rows read.
+
+    num_leaked_questions: questions of it that some row leaks. num_rows: rows that leak it; a row that leaks two
+    benchmarks counts in both. pairs: the worst of them.
+    """
+
+    name: str
+    num_questions: int
+    num_leaked_questions: int
+    num_rows: int
+    pairs: Sequence[LeakedPair]
+
+
+@dataclass(frozen=True, slots=True)
 class ReportInputs:
     """Everything a report is made of.
 
     created: ISO 8601 time. recipe, inputs: digests. stages: the count of each stage, in order; the first one's rows in
-    are the rows read. tally: of the shards (`tally_corpus`). rows, fates: those shown (`pick_rows`, `pick_fates`).
+    are the rows read. tally: of the shards (`tally_corpus`). benchmarks: how far each leaked into the rows read,
+    if any were given. rows, fates: those shown (`pick_rows`, `pick_fates`).
     audit: rows by (num_right, num_scored) of the whole audit slice, if the caller kept it; by default those of the
     corpus, which miss the rows dropped after labelling.
     """
@@ -98,6 +132,7 @@ class ReportInputs:
     stages: Mapping[str, StageCount]
     tally: CorpusTally
     usage: Sequence[PurposeUsage] = ()
+    benchmarks: Sequence[BenchmarkLeaks] = ()
     prices: PricesConfig = field(default_factory=PricesConfig)
     rows: Sequence[ShownRow] = ()
     fates: Sequence[ShownFate] = ()
@@ -146,6 +181,7 @@ def build_report(inputs: ReportInputs) -> tuple[str, dict[str, Any]]:
         style_digest=style_digest,
         topic_names=TOPIC_NAMES,
         max_groups=MAX_GROUPS,
+        max_pairs=MAX_PAIRS,
         limits={"question": QUESTION_CHARACTERS, "text": TEXT_CHARACTERS},
     )
     return page, figures
@@ -190,6 +226,7 @@ def report_figures(inputs: ReportInputs) -> dict[str, Any]:
             ],
         },
         "usage": usage,
+        "benchmarks": [asdict(benchmark) for benchmark in inputs.benchmarks],
     }
 
 

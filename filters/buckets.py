@@ -61,18 +61,45 @@ def bucket_pairs(keys: Keys, rows: Rows, blocks: Keys, answers: Keys, order: Row
 def matching_pairs(new: Keys, old: Keys, max_matches: int = 64) -> Rows:
     """Returns pairs (place in new, place in old) of equal keys, int64 [num_pairs, 2]: a join, linear in both.
 
-    A new key is joined with its first `max_matches` equal old ones only.
+    A new key is joined with its first `max_matches` equal old ones only. Pairs are in the order of the old places.
     """
-    size = 1 << max(4, int(2 * max(len(new), 1)).bit_length())
-    heads, following = np.full(size, -1, np.int64), np.full(len(new), -1, np.int64)
-    once = np.zeros(1 << max(7, int(16 * max(len(new), 1)).bit_length() - 3), np.uint8)
-    _fill_table(new, heads, following, once)
-    matched = np.zeros(len(new), np.int32)
-    num = _probe_table(new, old, heads, following, once, matched, max_matches, np.empty((0, 2), np.int64))
-    pairs = np.empty((num, 2), np.int64)
-    matched[:] = 0
-    _probe_table(new, old, heads, following, once, matched, max_matches, pairs)
-    return pairs
+    by_key = np.argsort(new, kind="stable")
+    different, starts = np.unique(new[by_key], return_index=True)
+    table = _key_table(different)
+    num_matches = np.zeros(len(different), np.int32)
+    num = _join(different, old, table, max_matches, num_matches, np.empty((0, 2), np.int64))
+    joined = np.empty((num, 2), np.int64)
+    num_matches[:] = 0
+    _join(different, old, table, max_matches, num_matches, joined)
+    sizes = np.diff(np.append(starts, len(new)))[joined[:, 0]]
+    within = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return np.stack([by_key[np.repeat(starts[joined[:, 0]], sizes) + within], np.repeat(joined[:, 1], sizes)], axis=1)
+
+
+def rows_with_keys(wanted: Keys, keys: Keys) -> Rows:
+    """Returns the places of the keys that are among the wanted ones, in order."""
+    different = np.unique(wanted)
+    found = np.empty(len(keys), np.bool_)
+    _mark_members(different, keys, _key_table(different), found)
+    return np.flatnonzero(found)
+
+
+class _KeyTable(NamedTuple):
+    """Different keys by open addressing, and a filter that most other keys do not pass.
+
+    slots: int64 [power of two], the place of a key or -1. bits: uint8, a bit for each of some sixteen times as many
+    values of other bits of the keys than those that choose the slot.
+    """
+
+    slots: NDArray[np.int64]
+    bits: NDArray[np.uint8]
+
+
+def _key_table(different: Keys) -> _KeyTable:
+    num_slots = 1 << max(4, int(2 * max(len(different), 1)).bit_length())
+    table = _KeyTable(np.full(num_slots, -1, np.int64), np.zeros(max(16, num_slots), np.uint8))
+    _fill_table(different, table)
+    return table
 
 
 @numba.njit(cache=True, nogil=True)
@@ -165,52 +192,53 @@ def _best(rows, order, number):  # type: ignore[no-untyped-def]
     return best
 
 
-def rows_with_keys(wanted: Keys, keys: Keys) -> Rows:
-    """Returns the places of the keys that are among the wanted ones, in order."""
-    size = 1 << max(4, int(2 * max(len(wanted), 1)).bit_length())
-    heads, following = np.full(size, -1, np.int64), np.full(len(wanted), -1, np.int64)
-    once = np.zeros(1 << max(7, int(16 * max(len(wanted), 1)).bit_length() - 3), np.uint8)
-    _fill_table(wanted, heads, following, once)
-    found = np.zeros(len(keys), np.bool_)
-    _mark_members(wanted, keys, heads, following, found)
-    return np.flatnonzero(found)
+@numba.njit(cache=True, nogil=True, inline="always")
+def _filter_bit(key, bits):  # type: ignore[no-untyped-def]
+    """Returns the byte of the filter, and the bit in it, that stand for a key."""
+    place = (key >> np.uint64(20)) & np.uint64(8 * len(bits) - 1)
+    return place >> np.uint64(3), np.uint8(1) << np.uint8(place & np.uint64(7))
 
 
 @numba.njit(cache=True, nogil=True)
-def _mark_members(wanted, keys, heads, following, found):  # type: ignore[no-untyped-def]
-    mask = np.uint64(len(heads) - 1)
+def _fill_table(different, table):  # type: ignore[no-untyped-def]
+    mask = np.uint64(len(table.slots) - 1)
+    for place in range(len(different)):
+        slot = different[place] & mask
+        while table.slots[slot] >= 0:
+            slot = (slot + np.uint64(1)) & mask
+        table.slots[slot] = place
+        byte, bit = _filter_bit(different[place], table.bits)
+        table.bits[byte] |= bit
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def _find_key(different, key, slots, bits):  # type: ignore[no-untyped-def]
+    """Returns the place of a key among the different ones, or -1."""
+    byte, bit = _filter_bit(key, bits)
+    if not bits[byte] & bit:
+        return -1
+    mask = np.uint64(len(slots) - 1)
+    slot = key & mask
+    while slots[slot] >= 0 and different[slots[slot]] != key:
+        slot = (slot + np.uint64(1)) & mask
+    return slots[slot]
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark_members(different, keys, table, found):  # type: ignore[no-untyped-def]
     for place in range(len(keys)):
-        row = heads[keys[place] & mask]
-        while row >= 0 and wanted[row] != keys[place]:
-            row = following[row]
-        found[place] = row >= 0
+        found[place] = _find_key(different, keys[place], table.slots, table.bits) >= 0
 
 
 @numba.njit(cache=True, nogil=True)
-def _fill_table(new, heads, following, once):  # type: ignore[no-untyped-def]
-    mask, bit_mask = np.uint64(len(heads) - 1), np.uint64(8 * len(once) - 1)
-    for row in range(len(new) - 1, -1, -1):
-        slot = new[row] & mask
-        following[row] = heads[slot]
-        heads[slot] = row
-        place = (new[row] >> np.uint64(20)) & bit_mask
-        once[place >> np.uint64(3)] |= np.uint8(1) << np.uint8(place & np.uint64(7))
-
-
-@numba.njit(cache=True, nogil=True)
-def _probe_table(new, old, heads, following, once, matched, max_matches, pairs):  # type: ignore[no-untyped-def]
-    mask, bit_mask, num = np.uint64(len(heads) - 1), np.uint64(8 * len(once) - 1), 0
+def _join(different, old, table, max_matches, num_matches, pairs):  # type: ignore[no-untyped-def]
+    """Writes pairs (place among the different keys, place in old) where there is room; returns how many there are."""
+    num = 0
     for place in range(len(old)):
-        bit = (old[place] >> np.uint64(20)) & bit_mask
-        if not (once[bit >> np.uint64(3)] >> np.uint8(bit & np.uint64(7))) & 1:
-            continue
-        row = heads[old[place] & mask]
-        while row >= 0:
-            if new[row] == old[place] and matched[row] < max_matches:
-                matched[row] += 1
-                if num < len(pairs):
-                    pairs[num, 0] = row
-                    pairs[num, 1] = place
-                num += 1
-            row = following[row]
+        key = _find_key(different, old[place], table.slots, table.bits)
+        if key >= 0 and num_matches[key] < max_matches:
+            num_matches[key] += 1
+            if num < len(pairs):
+                pairs[num, 0], pairs[num, 1] = key, place
+            num += 1
     return num

@@ -45,8 +45,10 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from filters.flat_texts import FlatTexts
 from filters.hashing import avalanche64
-from filters.token_table import TokenTable, token_table
+from filters.text_columns import read_tokens
+from filters.token_table import TokenTable
 
 How = Literal["exact", "ngram", "image"]
 HOWS: tuple[How, ...] = ("exact", "ngram", "image")
@@ -536,7 +538,7 @@ def _questions_and_units(benchmarks: Sequence[Benchmark]) -> tuple[_Questions, _
         for place, benchmark in enumerate(benchmarks)
         for question in sorted(benchmark.questions, key=lambda question: question.id)
     ]
-    table = token_table([question.question for _, question in ordered])
+    table = read_tokens(FlatTexts.of_strings([question.question for _, question in ordered]))
     content = table.text.tobytes()
     unit_of = []
     numbers: dict[tuple[bytes, tuple[str, ...], tuple[str, ...]], int] = {}

@@ -167,17 +167,18 @@ class _Search:
         rows = rows[np.lexsort((order.id_low[rows], order.id_high[rows], order.goodness[rows], more[rows], keys[rows]))]
         if not len(rows):
             return
-        is_first = np.ones(len(rows), np.bool_)
-        is_first[1:] = (keys[rows[1:]] != keys[rows[:-1]]) | (more[rows[1:]] != more[rows[:-1]])
-        starts = np.append(np.flatnonzero(is_first), len(rows))
-        best = rows[starts[:-1]].copy()
-        sizes = np.diff(starts)
-        for group in np.flatnonzero(sizes > 1):
-            members = rows[starts[group] : starts[group + 1]]
-            tied = members[np.logical_and.reduce([column[members] == column[members[0]] for column in order])]
-            if len(tied) > 1:
-                names = origins(tied)
-                best[group] = tied[min(range(len(tied)), key=lambda place: natural_key(names[place]))]
+        is_next = np.zeros(len(rows), np.bool_)
+        is_next[1:] = (keys[rows[1:]] == keys[rows[:-1]]) & (more[rows[1:]] == more[rows[:-1]])
+        starts = np.append(np.flatnonzero(~is_next), len(rows))
+        best, sizes = rows[starts[:-1]].copy(), np.diff(starts)
+        is_tied = is_next.copy()
+        is_tied[1:] &= np.logical_and.reduce([column[rows[1:]] == column[rows[:-1]] for column in order])
+        for group in np.flatnonzero(is_tied[np.minimum(starts[:-1] + 1, len(rows) - 1)] & (sizes > 1)).tolist():
+            start, end = starts[group], starts[group + 1]
+            num_tied = 1 + int(np.argmin(np.append(is_tied[start + 1 : end], np.False_)))
+            tied = rows[start : start + num_tied]
+            names = origins(tied)
+            best[group] = tied[min(range(len(tied)), key=lambda place: natural_key(names[place]))]
         stays = np.repeat(best, sizes)
         goes = rows != stays
         self._remove(rows[goes], stays[goes], 1.0, is_near=not self.config.exact)
@@ -233,54 +234,18 @@ class _Search:
         return np.flatnonzero(active & (self.new.column("num_compared") > 0))
 
     def remove_near(self, active: NDArray[np.bool_]) -> None:
-        """Removes near duplicates among the new rows.
-
-        Bands are gone through one at a time with the rows that are kept by what is known so far, so that a cluster
-        shrinks to its best row early on. Rows that come back, because what removed them went itself, and rows of
-        buckets too large for all their pairs are looked at again, until neither is left. Then the kept rows hold no
-        candidate pair of alike rows, and each row that goes has a better kept one: there is one such set only, so the
-        way in which it was found does not matter.
-        """
+        """Removes near duplicates among the new rows."""
         compared = np.zeros(len(self.new), np.bool_)
         compared[self._compared(active)] = True
-        blocks, answers = self.new.column("block"), self.new.column("answer")
-        edges, seen = no_edges(), np.empty(0, np.uint64)
-        kept, wanted = compared.copy(), None
-        level = 0
-        while level < len(_LEADERS):
-            was_absent, crowded, num_edges = (
-                np.zeros(len(self.new), np.bool_),
-                [np.empty(0, np.int64)],
-                len(edges.better),
-            )
-            for band in range(self.new.num_bands):
-                rows = np.flatnonzero(kept)
-                was_absent |= compared & ~kept
-                column = self.new.column(f"band_{band}")
-                if wanted is not None:
-                    rows = rows[rows_with_keys(column[wanted], column[rows])]
-                found = bucket_pairs(column[rows], rows, blocks, answers, self.order, _LEADERS[level])
-                crowded.append(np.unique(found.crowded))
-                codes = np.unique(_pair_codes(found.pairs[:, 0], found.pairs[:, 1]))
-                codes = codes[~_is_member(codes, seen)]
-                if len(codes):
-                    seen = np.union1d(seen, codes)
-                    pairs = _coded_pairs(codes)
-                    alike = self._likeness(pairs, self.new)
-                    if np.any(alike >= 0):
-                        edges += Edges.of_pairs(pairs[alike >= 0], alike[alike >= 0], self.order)
-                        kept = compared & kept_rows(edges, len(self.new), self.order)
-            revived = np.flatnonzero(was_absent & kept)
-            still_crowded = np.unique(np.concatenate(crowded))
-            still_crowded = still_crowded[kept[still_crowded]]
-            if not len(revived) and not len(still_crowded):
-                break
-            if not len(revived) and len(edges.better) == num_edges:
-                level += 1
-            wanted = np.union1d(revived, still_crowded)
-        goes = np.flatnonzero(compared & ~kept)
-        stays, alike = representatives(edges, kept, self.order)
+        found = _NearSearch(self, compared)
+        found.run()
+        goes = np.flatnonzero(compared & ~found.kept)
+        stays, alike = representatives(found.edges, found.kept, self.order)
         self._remove(goes, stays[goes], alike[goes], is_near=True)
+
+    def likeness(self, pairs: Rows) -> NDArray[np.float64]:
+        """Returns how alike pairs of new rows are, -1 for not alike."""
+        return self._likeness(pairs, self.new)
 
     def _likeness(self, pairs: Rows, second: FeatureTable) -> NDArray[np.float64]:
         """Returns how alike the pairs are, -1 for not alike; in chunks, so that few texts are in memory at once."""
@@ -293,13 +258,71 @@ class _Search:
     def _chunk_likeness(self, pairs: Rows, second: FeatureTable) -> NDArray[np.float64]:
         if second is self.new:
             rows, places = np.unique(pairs, return_inverse=True)
-            table, context, local = self.new.tokens(rows), self.new.context(rows), places.reshape(pairs.shape)
+            table, context, local = self.new.words(rows), self.new.context(rows), places.reshape(pairs.shape)
         else:
             rows, first_places = np.unique(pairs[:, 0], return_inverse=True)
             others, other_places = np.unique(pairs[:, 1], return_inverse=True)
-            table, context = self.new.tokens(rows) + second.tokens(others), None
+            table, context = self.new.words(rows) + second.words(others), None
             local = np.stack([first_places, other_places + len(rows)], axis=1)
         return likeness(table, local, self.config.threshold, shingle_words=self.config.shingle_words, context=context)
+
+
+class _NearSearch:
+    """The search for near duplicates among the new rows: pairs found to be alike, and the rows kept by what they say.
+
+    Bands are gone through one at a time with the rows that are kept by what is known so far, so that a cluster shrinks
+    to its best row early on. Rows that come back, because what removed them went itself, and rows of buckets too large
+    for all their pairs are looked at again, until neither is left. Then the kept rows hold no candidate pair of alike
+    rows, and each row that goes has a better kept one: there is one such set only, so the way in which it was found
+    does not matter.
+    """
+
+    def __init__(self, search: _Search, compared: NDArray[np.bool_]) -> None:
+        self._search, self._compared = search, compared
+        self._blocks, self._answers = search.new.column("block"), search.new.column("answer")
+        self._seen = np.empty(0, np.uint64)
+        self.edges, self.kept = no_edges(), compared.copy()
+
+    def run(self) -> None:
+        level, wanted = 0, None
+        while level < len(_LEADERS):
+            num_edges = len(self.edges.better)
+            revived, crowded = self._sweep(wanted, _LEADERS[level])
+            if not len(revived) and not len(crowded):
+                return
+            if not len(revived) and len(self.edges.better) == num_edges:
+                level += 1
+            wanted = np.union1d(revived, crowded)
+
+    def _sweep(self, wanted: Rows | None, num_leaders: int) -> tuple[Rows, Rows]:
+        """Goes through all bands, of the rows that share a key with a wanted one, if given.
+
+        Returns the kept rows that some band did not see, and those that a large bucket held.
+        """
+        table = self._search.new
+        was_absent, crowded = np.zeros(len(table), np.bool_), np.zeros(len(table), np.bool_)
+        for band in range(table.num_bands):
+            rows = np.flatnonzero(self.kept)
+            was_absent |= self._compared & ~self.kept
+            column = table.column(f"band_{band}")
+            if wanted is not None:
+                rows = rows[rows_with_keys(column[wanted], column[rows])]
+            found = bucket_pairs(column[rows], rows, self._blocks, self._answers, self._search.order, num_leaders)
+            crowded[found.crowded] = True
+            self._add(np.unique(_pair_codes(found.pairs[:, 0], found.pairs[:, 1])))
+        return np.flatnonzero(was_absent & self.kept), np.flatnonzero(crowded & self.kept)
+
+    def _add(self, codes: Keys) -> None:
+        """Compares the candidate pairs that are new, and decides again which rows are kept if some are alike."""
+        codes = codes[~_is_member(codes, self._seen)]
+        if not len(codes):
+            return
+        self._seen = np.union1d(self._seen, codes)
+        pairs = _coded_pairs(codes)
+        alike = self._search.likeness(pairs)
+        if np.any(alike >= 0):
+            self.edges += Edges.of_pairs(pairs[alike >= 0], alike[alike >= 0], self._search.order)
+            self.kept = self._compared & kept_rows(self.edges, len(self._search.new), self._search.order)
 
 
 def _pair_codes(first: Rows, second: Rows) -> Keys:

@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from filters.features import Features, copy_rows, stored_tokens
+from filters.features import Features, copy_rows, stored_words
 from filters.row_order import RowOrder
-from filters.token_table import TokenTable
+from filters.word_table import WordTable
 from schemas.errors import StorageError
 
 _DIGEST = b"digest"
@@ -48,8 +48,8 @@ class FeatureTable:
         self._maps = maps
         self.offsets = np.zeros(len(self._tables) + 1, np.int64)
         np.cumsum([table.num_rows for table in self._tables], out=self.offsets[1:])
-        names = [name for name in ("tokens", "context") if self._tables and name in self._tables[0].column_names]
-        self._tokens = {name: [stored_tokens(table, name) for table in self._tables] for name in names}
+        names = [name for name in ("words", "context") if self._tables and name in self._tables[0].column_names]
+        self._words = {name: [stored_words(table, name) for table in self._tables] for name in names}
 
     @classmethod
     def open(cls, paths: Sequence[Path]) -> FeatureTable:
@@ -88,19 +88,19 @@ class FeatureTable:
     def order(self) -> RowOrder:
         return RowOrder(self.column("goodness"), self.column("id_high"), self.column("id_low"))
 
-    def tokens(self, rows: NDArray[np.int64]) -> TokenTable:
-        """Returns the tokens of some rows, given in ascending order."""
-        return self._gathered("tokens", rows)
+    def words(self, rows: NDArray[np.int64]) -> WordTable:
+        """Returns the words of some rows, given in ascending order."""
+        return self._gathered("words", rows)
 
-    def context(self, rows: NDArray[np.int64]) -> TokenTable | None:
-        """Returns the tokens of the context of some rows, given in ascending order; None if rows have none."""
-        return self._gathered("context", rows) if "context" in self._tokens else None
+    def context(self, rows: NDArray[np.int64]) -> WordTable | None:
+        """Returns the words of the context of some rows, given in ascending order; None if rows have none."""
+        return self._gathered("context", rows) if "context" in self._words else None
 
-    def _gathered(self, name: str, rows: NDArray[np.int64]) -> TokenTable:
+    def _gathered(self, name: str, rows: NDArray[np.int64]) -> WordTable:
         bounds = np.searchsorted(rows, self.offsets)
         held = [(number, int(bounds[number]), int(bounds[number + 1])) for number in range(len(self._tables))]
         held = [item for item in held if item[1] < item[2]]
-        tables = self._tokens.get(name, [])
+        tables = self._words.get(name, [])
         starts = np.empty(len(rows), np.int64)
         offsets = np.zeros(len(rows) + 1, np.int64)
         for number, first, last in held:
@@ -109,8 +109,8 @@ class FeatureTable:
             starts[first:last] = places[local]
             offsets[first + 1 : last + 1] = places[local + 1] - places[local]
         np.cumsum(offsets, out=offsets)
-        text = np.empty(int(offsets[-1]), np.uint8)
+        hashes = np.empty(int(offsets[-1]), np.uint64)
         for number, first, last in held:
-            copy_rows(tables[number].text, starts[first:last], offsets[first : last + 1], text)
+            copy_rows(tables[number].hashes, starts[first:last], offsets[first : last + 1], hashes)
         self._release()
-        return TokenTable(text, offsets)
+        return WordTable(hashes, offsets)

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from filters.flat_texts import FlatTexts
 from filters.hashing import joined64, xxh64
 from filters.signatures import BandShape, MinHashScheme, band_keys
 from filters.text_columns import read_texts
-from filters.token_table import TokenTable
+from filters.word_table import WordTable
 
 _MAX_PIXELS, _MAX_LENGTH = 2**38 - 1, 2**24 - 1
 _UNPUBLISHED, _UNANSWERED = np.uint64(2**63), np.uint64(2**62)
@@ -35,8 +36,8 @@ class Features:
     block: digest of images, options and decisive tokens; rows of different blocks are never near duplicates.
     answer: digest of the normalised reference answer, 0 for none. named: digest of source and source id, 0 for none.
     goodness, id_high, id_low: the order of rows, see `filters.row_order`.
-    num_compared: int32, tokens, or 0 for rows too short for near comparison. bands: [num_bands, num_rows].
-    tokens: of the compared text. context: tokens of a text whose shingles do not count, if there is one.
+    num_compared: int32, words, or 0 for rows too short for near comparison. bands: [num_bands, num_rows].
+    words: of the compared text. context: words of a text whose shingles do not count, if there is one.
     """
 
     exact: Keys
@@ -49,8 +50,8 @@ class Features:
     id_low: Keys
     num_compared: NDArray[np.int32]
     bands: Keys
-    tokens: TokenTable
-    context: TokenTable | None = None
+    words: WordTable
+    context: WordTable | None = None
 
     def __len__(self) -> int:
         return len(self.exact)
@@ -65,23 +66,20 @@ class Features:
         """Returns an Arrow table, one column per array and band; `filters.feature_files` reads it."""
         columns = {name: pa.array(getattr(self, name)) for name in COLUMNS}
         columns |= {f"band_{number}": pa.array(keys) for number, keys in enumerate(self.bands)}
-        for name, tokens in (("tokens", self.tokens), ("context", self.context)):
-            if tokens is not None:
-                buffers = [None, pa.py_buffer(tokens.offsets), pa.py_buffer(tokens.text)]
-                columns[name] = pa.Array.from_buffers(pa.large_binary(), len(self), buffers)
+        for name, words in (("words", self.words), ("context", self.context)):
+            if words is not None:
+                columns[name] = pa.LargeListArray.from_arrays(pa.array(words.offsets), pa.array(words.hashes))
         return pa.table(columns)
 
 
-COLUMNS = tuple(field.name for field in fields(Features) if field.name not in ("bands", "tokens", "context"))
+COLUMNS = tuple(field.name for field in fields(Features) if field.name not in ("bands", "words", "context"))
 
 
-def stored_tokens(table: pa.Table, name: str) -> TokenTable:
-    """Returns the tokens in a column of a table of features, without a copy where they are one chunk, as in a file."""
+def stored_words(table: pa.Table, name: str) -> WordTable:
+    """Returns the words in a column of a table of features, without a copy where they are one chunk, as in a file."""
     column = table[name]
     array = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    _, offsets, text = array.buffers()
-    content = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(0, np.uint8)
-    return TokenTable(content, np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1])
+    return WordTable(array.values.to_numpy(), array.offsets.to_numpy())
 
 
 def sample_features(
@@ -110,9 +108,9 @@ def sample_features(
         goodness=_goodness(answer.lengths > 0, images.num_pixels, question.lengths),
         id_high=ids[:, 0],
         id_low=ids[:, 1],
-        num_compared=np.where(question.num_tokens >= scheme.shingle_words, question.num_tokens, 0).astype(np.int32),
-        bands=band_keys(question.tokens, block, scheme, shape),
-        tokens=question.tokens,
+        num_compared=np.where(question.num_words >= scheme.shingle_words, question.num_words, 0).astype(np.int32),
+        bands=band_keys(question.words, block, scheme, shape),
+        words=question.words,
     )
 
 
@@ -168,21 +166,37 @@ def _named(sources: pa.ChunkedArray, names: pa.ChunkedArray) -> Keys:
 
 def hex_ids(column: pa.ChunkedArray) -> Keys:
     """Returns the 128-bit ids as two numbers that order like the text. Raises ValueError: an id has not 32 digits."""
-    text = "".join(column.to_pylist())
-    if len(text) != _HEX_CHARACTERS * len(column):
+    texts = FlatTexts.of(column)
+    keys = np.zeros((len(texts), 2), np.uint64)
+    if np.any(np.diff(texts.offsets) != _HEX_CHARACTERS) or not _read_hex(texts.content, texts.offsets, keys):
         raise ValueError("a sample's id must have 32 hexadecimal characters")
-    return np.frombuffer(bytes.fromhex(text), ">u8").astype(np.uint64).reshape(-1, 2)
+    return keys
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_hex(content, offsets, keys):  # type: ignore[no-untyped-def]
+    """Writes the numbers that 32 digits in base 16 stand for; says whether all were such digits."""
+    for row in range(len(keys)):
+        for place in range(_HEX_CHARACTERS):
+            digit = content[offsets[row] + place]
+            if 0x30 <= digit <= 0x39:
+                value = digit - 0x30
+            elif 0x61 <= digit <= 0x66:
+                value = digit - 0x61 + 10
+            elif 0x41 <= digit <= 0x46:
+                value = digit - 0x41 + 10
+            else:
+                return False
+            half = place // 16
+            keys[row, half] = (keys[row, half] << np.uint64(4)) | np.uint64(value)
+    return True
 
 
 def string_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
     """Returns a 64-bit digest of each string as it is."""
-    flat = (column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column).cast(pa.large_string())
-    flat = pc.fill_null(flat, "")
-    keys = np.zeros(len(flat), np.uint64)
-    if len(flat):
-        _, offsets, text = flat.buffers()
-        content = np.frombuffer(text, np.uint8) if text is not None and text.size else np.zeros(1, np.uint8)
-        _hash_rows(content, np.frombuffer(offsets, np.int64)[flat.offset : flat.offset + len(flat) + 1], keys)
+    texts = FlatTexts.of(column)
+    keys = np.empty(len(texts), np.uint64)
+    _hash_rows(texts.content, texts.offsets, keys)
     return keys
 
 
@@ -222,8 +236,8 @@ def _fold(keys, offsets, out):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def copy_rows(text, starts, offsets, out):  # type: ignore[no-untyped-def]
-    """Copies rows of a text, from `starts`, to where `offsets` [num_rows + 1] say in `out`."""
+def copy_rows(values, starts, offsets, out):  # type: ignore[no-untyped-def]
+    """Copies rows of flat values, from `starts`, to where `offsets` [num_rows + 1] say in `out`."""
     for row in range(len(starts)):
         for place in range(offsets[row + 1] - offsets[row]):
-            out[offsets[row] + place] = text[starts[row] + place]
+            out[offsets[row] + place] = values[starts[row] + place]

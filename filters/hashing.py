@@ -14,6 +14,8 @@ _P32 = (2654435761, 2246822519, 3266489917, 668265263, 374761393)
 _A1, _A2, _A3, _A4, _A5 = (np.uint32(prime) for prime in _P32)
 _P64 = (11400714785074694791, 14029467366897019727, 1609587929392839161, 9650029242287828579, 2870177450012600261)
 _B1, _B2, _B3, _B4, _B5 = (np.uint64(prime) for prime in _P64)
+FOLD_BASE = np.uint64(0x9E3779B97F4A7C15)
+"""Base of the polynomial of `folded64`; odd: 2**64 divided by the golden ratio."""
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -28,11 +30,12 @@ def _rotated64(value, bits):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def _read32(data, place):  # type: ignore[no-untyped-def]
+    at = np.uintp(place)  # an unsigned index is taken as it is; a signed one may count from the end, and is slower
     return np.uint32(
-        np.uint32(data[place])
-        | (np.uint32(data[place + 1]) << np.uint32(8))
-        | (np.uint32(data[place + 2]) << np.uint32(16))
-        | (np.uint32(data[place + 3]) << np.uint32(24))
+        np.uint32(data[at])
+        | (np.uint32(data[at + np.uintp(1)]) << np.uint32(8))
+        | (np.uint32(data[at + np.uintp(2)]) << np.uint32(16))
+        | (np.uint32(data[at + np.uintp(3)]) << np.uint32(24))
     )
 
 
@@ -119,3 +122,24 @@ def avalanche64(mixed):  # type: ignore[no-untyped-def]
 def joined64(state, value):  # type: ignore[no-untyped-def]
     """Returns a state (uint64) that depends on a state and a value in their order, to fold a list of hashes."""
     return avalanche64(_rotated64(state ^ _round64(np.uint64(0), value), 27) * _B1 + _B4)
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def folded64(state, value):  # type: ignore[no-untyped-def]
+    """Returns the next state of a polynomial over hashes, modulo 2**64: a fold that costs one multiplication."""
+    return state * FOLD_BASE + value
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def folding_end64(state, length):  # type: ignore[no-untyped-def]
+    """Returns the digest of a fold of `length` hashes that began with 0."""
+    return avalanche64(state + length * _B4)
+
+
+@numba.njit(cache=True, nogil=True)
+def fold64(hashes):  # type: ignore[no-untyped-def]
+    """Returns the digest (uint64) of hashes, uint64 [any], in their order."""
+    state = np.uint64(0)
+    for value in hashes:
+        state = folded64(state, value)
+    return folding_end64(state, np.uint64(len(hashes)))

@@ -1,19 +1,21 @@
-"""Columns of raw texts turned into what duplicates are found by, a million rows a second and without an object per row.
+"""Columns of raw texts turned into what duplicates are found by, without an object per row.
 
 `read_texts` gives for every row of an Arrow string column what `filters.normalise` says of its text, bit for bit: the
-digest and length of the normalised text, its tokens as a `TokenTable`, and the digest of its decisive tokens. The rules
-stand in `filters.normalise` alone; here they are compiled, driven by tables of code points that are made from the very
-functions and character classes there. Rows that hold combining marks, joiners, conjoining Hangul or rarer things, for
-which a table by code point is not enough, go through the Python functions one by one.
+digest and length of the normalised text, its words as a `WordTable`, and the digest of its decisive words;
+`read_tokens` gives the words themselves. The rules stand in `filters.normalise` alone; here they are compiled, driven
+by tables of code points that are made from the very functions and character classes there. Rows in ASCII are read as
+bytes. Rows that hold combining marks, joiners, conjoining Hangul or rarer things, for which a table by code point is
+not enough, go through the Python functions one by one.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numba
 import numpy as np
@@ -22,9 +24,11 @@ import xxhash
 from numpy.typing import NDArray
 
 from filters import normalise
-from filters.hashing import xxh64
+from filters.flat_texts import FlatTexts
+from filters.hashing import fold64, folded64, folding_end64, xxh64
 from filters.normalise import decisive_tokens, normalise_text, tokens
 from filters.token_table import TokenTable
+from filters.word_table import WordTable, word_hash
 
 _NUM_CODES = 0x20000
 """Code points with an entry in the tables; rows with higher ones (rare Chinese characters) are read in Python."""
@@ -41,22 +45,24 @@ class TextColumn:
     """What is known of each text of a column.
 
     exact: uint64 [num_rows, 2], 128-bit digest of the normalised text; equal for texts that are the same. lengths:
-    int64 [num_rows], its characters. tokens: its tokens. num_tokens: int32 [num_rows]. decisive: uint64 [num_rows],
-    digest of the tokens that must agree. An absent text is like an empty one.
+    int64 [num_rows], its characters. words: its tokens. decisive: uint64 [num_rows], digest of the tokens that must
+    agree. An absent text is like an empty one.
     """
 
     exact: NDArray[np.uint64]
     lengths: NDArray[np.int64]
-    tokens: TokenTable
-    num_tokens: NDArray[np.int32]
+    words: WordTable
     decisive: NDArray[np.uint64]
+
+    @property
+    def num_words(self) -> NDArray[np.int64]:
+        return np.diff(self.words.offsets)
 
 
 class _CodeTables(NamedTuple):
     """By code point: how it is replaced (codes[starts[c]:starts[c + 1]]), its folded form, kind and flags.
 
-    words: digests of the decisive words as an open hash table, 0 for an empty slot. openings: the first two letters
-    with which such a word begins, as most words are seen not to be one by those.
+    words: hashes of the decisive words as an open hash table, 0 for an empty slot.
     """
 
     starts: NDArray[np.int32]
@@ -65,57 +71,77 @@ class _CodeTables(NamedTuple):
     kinds: NDArray[np.uint8]
     flags: NDArray[np.uint16]
     words: NDArray[np.uint64]
-    openings: NDArray[np.bool_]
 
 
 def read_texts(column: pa.Array | pa.ChunkedArray) -> TextColumn:
     """Returns what is known of each text of a string column, in order. Releases the interpreter lock while it works."""
-    flat = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    flat = flat.cast(pa.large_string()).fill_null("")
-    num_rows = len(flat)
-    buffers = flat.buffers()
-    offsets = np.frombuffer(buffers[1], np.int64)[flat.offset : flat.offset + num_rows + 1]
-    raw = np.frombuffer(buffers[2], np.uint8) if buffers[2] is not None and buffers[2].size else np.zeros(1, np.uint8)
-    longest = int(np.diff(offsets).max(initial=0))
-    exact = np.zeros((num_rows, 2), np.uint64)
-    lengths, num_tokens = np.zeros(num_rows, np.int64), np.zeros(num_rows, np.int32)
-    decisive, ends = np.zeros(num_rows, np.uint64), np.zeros(num_rows + 1, np.int64)
-    text = np.empty(2 * int(offsets[-1] - offsets[0]) + 8, np.uint8)
-    slow = np.zeros(num_rows, np.bool_)
-    _read_rows(raw, offsets, code_tables(), longest, text, ends, exact, lengths, num_tokens, decisive, slow)
-    table = TokenTable(text[: ends[-1]], ends)
-    column_read = TextColumn(exact, lengths, table, num_tokens, decisive)
-    places = np.flatnonzero(slow)
-    return _with_slow_rows(column_read, flat, places) if len(places) else column_read
+    texts = FlatTexts.of(column)
+    found, words, _ = _read(texts, with_tokens=False)
+    slow = {place: tokens(normalise_text(texts.text(place))) for place in np.flatnonzero(found.slow).tolist()}
+    for place, row in slow.items():
+        normal = normalise_text(texts.text(place))
+        content = normal.encode("utf-8", "surrogatepass")
+        found.exact[place] = [xxhash.xxh64_intdigest(content, seed) for seed in _EXACT_SEEDS]
+        found.lengths[place] = len(normal)
+        found.decisive[place] = fold64(np.array([word_hash(word) for word in decisive_tokens(row)], np.uint64))
+    hashes = {place: np.array([word_hash(word) for word in row], np.uint64) for place, row in slow.items()}
+    table = WordTable(*_with_rows(words, np.cumsum(found.num_words), hashes))
+    return TextColumn(found.exact, found.lengths, table, found.decisive)
 
 
-def _with_slow_rows(column: TextColumn, texts: pa.Array, places: NDArray[np.int64]) -> TextColumn:
-    """Returns the column with the rows that the kernel left empty, read by the functions of `filters.normalise`."""
-    filled: list[bytes] = []
-    for place in places.tolist():
-        text = normalise_text(texts[place].as_py())
-        row = tokens(text)
-        content = text.encode("utf-8", "surrogatepass")
-        column.exact[place] = [xxhash.xxh64_intdigest(content, seed) for seed in _EXACT_SEEDS]
-        column.lengths[place] = len(text)
-        column.num_tokens[place] = len(row)
-        column.decisive[place] = xxhash.xxh64_intdigest(
-            " ".join(decisive_tokens(row)).encode("utf-8", "surrogatepass"), 0
-        )
-        filled.append(" ".join(row).encode("utf-8", "surrogatepass"))
-    old = column.tokens
-    sizes = np.diff(old.offsets)
-    sizes[places] = [len(row) for row in filled]
-    offsets = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=offsets[1:])
-    pieces: list[NDArray[np.uint8]] = []
-    before = 0
-    for place, content in zip(places.tolist(), filled, strict=True):
-        pieces += [old.text[old.offsets[before] : old.offsets[place]], np.frombuffer(content, np.uint8)]
-        before = place + 1
-    pieces.append(old.text[old.offsets[before] : old.offsets[-1]])
-    table = TokenTable(np.concatenate(pieces), offsets)
-    return TextColumn(column.exact, column.lengths, table, column.num_tokens, column.decisive)
+def read_tokens(texts: FlatTexts) -> TokenTable:
+    """Returns the tokens of each text, in order."""
+    found, _, text = _read(texts, with_tokens=True)
+    slow = {}
+    for place in np.flatnonzero(found.slow).tolist():
+        row = " ".join(tokens(normalise_text(texts.text(place)))).encode("utf-8", "surrogatepass")
+        slow[place] = np.frombuffer(row, np.uint8)
+    return TokenTable(*_with_rows(text, found.ends, slow))
+
+
+class _Found(NamedTuple):
+    """What the kernel fills for each row. ends: int64, where its tokens end. num_words: int64. slow: left to Python."""
+
+    exact: NDArray[np.uint64]
+    lengths: NDArray[np.int64]
+    decisive: NDArray[np.uint64]
+    num_words: NDArray[np.int64]
+    ends: NDArray[np.int64]
+    slow: NDArray[np.bool_]
+
+
+def _read(texts: FlatTexts, *, with_tokens: bool) -> tuple[_Found, NDArray[np.uint64], NDArray[np.uint8]]:
+    """Returns what the kernel finds, the hashes of all words, and the text of all tokens if asked for."""
+    num_rows = len(texts)
+    numbers = [np.zeros(num_rows, np.int64) for _ in range(3)]
+    digests, slow = np.zeros((num_rows, 2), np.uint64), np.zeros(num_rows, np.bool_)
+    found = _Found(digests, numbers[0], np.zeros(num_rows, np.uint64), numbers[1], numbers[2], slow)
+    size = int(texts.offsets[-1] - texts.offsets[0])
+    words = np.empty(size + 1, np.uint64)  # as many as characters: pages that stay untouched take no memory
+    text = np.empty(2 * size + 8 if with_tokens else 0, np.uint8)
+    tables = code_tables()
+    num_words = _read_rows(texts.content, texts.offsets, texts.longest, tables, words, text, found)
+    return found, words[:num_words].copy(), text
+
+
+T = TypeVar("T", bound=np.generic)
+
+
+def _with_rows(
+    values: NDArray[T], ends: NDArray[np.int64], rows: Mapping[int, NDArray[T]]
+) -> tuple[NDArray[T], NDArray[np.int64]]:
+    """Returns flat values and offsets in which some rows, empty so far, hold values. ends: where each row ends."""
+    offsets = np.concatenate([[0], ends])
+    values = values[: offsets[-1]]
+    if not rows:
+        return values, offsets
+    sizes = np.diff(offsets)
+    pieces, before = [], 0
+    for place, row in rows.items():
+        pieces += [values[offsets[before] : offsets[place]], row]
+        sizes[place], before = len(row), place
+    pieces.append(values[offsets[before] :])
+    return np.concatenate(pieces), np.concatenate([[0], np.cumsum(sizes)])
 
 
 @cache
@@ -162,7 +188,7 @@ def code_tables() -> _CodeTables:
             )
             if holds
         )
-    return _CodeTables(starts, np.array(codes, np.int32), folds, kinds, flags, _word_table(), _openings())
+    return _CodeTables(starts, np.array(codes, np.int32), folds, kinds, flags, _word_table())
 
 
 def _composing_codes() -> set[int]:
@@ -186,37 +212,96 @@ def _word_table() -> NDArray[np.uint64]:
     return slots
 
 
-def _openings() -> NDArray[np.bool_]:
-    openings = np.zeros((128, 128), np.bool_)
-    for word in normalise._DECISIVE_WORDS:
-        if word[0].isascii():
-            openings[ord(word[0]), ord(word[1])] = True
-    return openings
+@numba.njit(cache=True, nogil=True)
+def _read_rows(raw, offsets, longest, tables, words, text, found):  # type: ignore[no-untyped-def]
+    """Fills `words`, `text` (if it has room) and `found`; returns the number of words. A slow row gets none."""
+    codes, content = np.empty(longest + 4, np.int32), np.empty(longest + 8, np.uint8)
+    starts, identity = np.empty(longest + 4, np.int64), np.arange(longest + 4)
+    num_words, end = 0, 0
+    for row in range(len(offsets) - 1):
+        size = _plain_ascii(raw, offsets[row], offsets[row + 1], content)
+        if size >= 0:
+            _fold_ascii(content, size)
+            first, last = _trimmed(content, size, tables.flags)
+            start, stop = first, last
+            new_words, end, found.decisive[row] = _find_words(
+                content, first, last, content, identity, tables, words[num_words:], text, end
+            )
+        else:
+            size = _plain_codes(raw, offsets[row], offsets[row + 1], tables, codes)
+            size = _fold_codes(codes, size, tables) if size >= 0 else size
+            if size < 0:
+                found.slow[row], found.ends[row] = True, end
+                continue
+            first, last = _trimmed(codes, size, tables.flags)
+            start, stop = 0, 0
+            for place in range(first, last):
+                starts[place] = stop
+                stop = _put(content, stop, codes[place])
+            starts[last] = stop
+            new_words, end, found.decisive[row] = _find_words(
+                codes, first, last, content, starts, tables, words[num_words:], text, end
+            )
+        found.exact[row, 0] = xxh64(content, start, stop, np.uint64(_EXACT_SEEDS[0]))
+        found.exact[row, 1] = xxh64(content, start, stop, np.uint64(_EXACT_SEEDS[1]))
+        found.lengths[row], found.num_words[row], found.ends[row] = last - first, new_words, end
+        num_words += new_words
+    return num_words
 
 
 @numba.njit(cache=True, nogil=True)
-def _read_rows(raw, offsets, tables, longest, text, ends, exact, lengths, num_tokens, decisive, slow):  # type: ignore[no-untyped-def]
-    """Fills the outputs for every row; a row marked slow gets no tokens."""
-    chars = np.empty(longest + 4, np.int32)
-    content, chosen = np.empty(longest + 8, np.uint8), np.empty(2 * longest + 8, np.uint8)
-    end = 0
-    for row in range(len(offsets) - 1):
-        num_chars = _plain_codes(raw, offsets[row], offsets[row + 1], tables, chars)
-        if num_chars >= 0:
-            num_chars = _fold_codes(chars, num_chars, tables)
-        if num_chars < 0:
-            slow[row] = True
-            ends[row + 1] = end
+def _plain_ascii(raw, start, end, content):  # type: ignore[no-untyped-def]
+    """Writes `plain_text` of a text in ASCII and returns its size; -1 for other texts. Without branches, so steady."""
+    size, seen, wants_space = np.uintp(0), np.uint8(0), np.uintp(0)
+    for place in range(np.uintp(start), np.uintp(end)):
+        byte = raw[place]
+        seen |= byte
+        is_sign = np.uintp((byte > 0x20) & (byte != 0x7F))
+        content[size] = byte if is_sign else np.uint8(0x20)
+        size += is_sign | wants_space
+        wants_space = is_sign
+    if seen >= 0x80:
+        return -1
+    return np.int64(size) - (size > np.uintp(0) and wants_space == np.uintp(0))
+
+
+@numba.njit(cache=True, nogil=True)
+def _fold_ascii(content, size):  # type: ignore[no-untyped-def]
+    """Folds the case of a text in ASCII in place as `_fold_case` does: only runs with a capital can change."""
+    has_lower, has_upper = False, False
+    for place in range(np.uintp(size)):
+        has_lower |= 0x61 <= content[place] <= 0x7A
+        has_upper |= 0x41 <= content[place] <= 0x5A
+    if not has_upper:
+        return
+    is_shouted = not has_lower and _has_long_run(content, size)
+    place = 0
+    while place < size:
+        if not 0x41 <= content[place] <= 0x5A:
+            place += 1
             continue
-        first, last = _trimmed(chars, num_chars, tables.flags)
-        size = 0
-        for place in range(first, last):
-            size = _put(content, size, chars[place])
-        exact[row, 0] = xxh64(content, 0, size, np.uint64(_EXACT_SEEDS[0]))
-        exact[row, 1] = xxh64(content, 0, size, np.uint64(_EXACT_SEEDS[1]))
-        lengths[row] = last - first
-        end, num_tokens[row], decisive[row] = _tokenise(chars, first, last, tables, text, end, chosen)
-        ends[row + 1] = end
+        start, end, num_upper = place, place, 0
+        while start and _is_ascii_letter(content[start - 1]):
+            start -= 1
+        while end < size and _is_ascii_letter(content[end]):
+            num_upper += 0x41 <= content[end] <= 0x5A
+            end += 1
+        is_title = start == place and num_upper == 1
+        is_command = start > 0 and content[start - 1] == 0x5C
+        if not is_command and end - start >= 2 and (is_title or is_shouted or end - start >= 5):
+            for letter in range(start, end):
+                content[letter] |= 0x20
+        place = end
+
+
+@numba.njit(cache=True, nogil=True)
+def _has_long_run(content, size):  # type: ignore[no-untyped-def]
+    run = 0
+    for place in range(size):
+        run = run + 1 if _is_ascii_letter(content[place]) else 0
+        if run == 4:
+            return True
+    return False
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
@@ -372,52 +457,55 @@ def _may_be_factorial(chars, place, flags):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _tokenise(chars, first, last, tables, text, end, chosen):  # type: ignore[no-untyped-def]
-    """Appends the tokens of chars[first:last] to `text`; returns its new end, their number, the decisive digest."""
-    num_tokens, num_chosen, place, row_start = 0, 0, first, end
-    flags, kinds, words, openings = tables.flags, tables.kinds, tables.words, tables.openings
+def _find_words(chars, first, last, content, starts, tables, words, text, end):  # type: ignore[no-untyped-def]
+    """Writes the hashes of the tokens of chars[first:last], and the tokens to `text` from `end` on if it has room.
+
+    starts: by character, its place in `content`, the same in UTF-8. Returns the number of tokens, the new end of the
+    text, and the digest of the decisive tokens.
+    """
+    flags, kinds, slots = tables.flags, tables.kinds, tables.words
+    num_words, num_decisive, decisive, place, has_text = 0, 0, np.uint64(0), first, len(text) > 0
+    row_start = end
     while place < last:
-        start = end + 1 if end > row_start else end
-        stop, free = place, start
-        while stop < last and kinds[chars[stop]] == _A:  # most tokens are plain words: read and written in one go
-            text[free] = chars[stop]
+        if kinds[chars[np.uintp(place)]] == _S:
+            place += 1
+            continue
+        stop = place
+        while stop < last and kinds[chars[np.uintp(stop)]] == _A:  # most tokens are plain words: read in one go
             stop += 1
-            free += 1
-        if stop == place or (stop < last and kinds[chars[stop]] in (_L, _QUOTE)):
-            stop, free = _token_end(chars, place, first, last, kinds), start
+        if stop == place or (stop < last and kinds[chars[np.uintp(stop)]] in (_L, _QUOTE)):
+            stop = _token_end(chars, place, first, last, kinds)
             if stop <= place:
                 place += 1
                 continue
-            for letter in range(place, stop):
-                free = _put(text, free, chars[letter])
-        if start > end:
-            text[end] = 0x20
-        end = free
-        num_tokens += 1
-        if _is_decisive(chars, place, stop, flags, kinds, words, openings, text, start, end):
-            if num_chosen:
-                chosen[num_chosen] = 0x20
-                num_chosen += 1
-            for letter in range(start, end):
-                chosen[num_chosen] = text[letter]
-                num_chosen += 1
+        word = xxh64(content, starts[np.uintp(place)], starts[np.uintp(stop)], np.uint64(0))
+        words[np.uintp(num_words)] = word
+        num_words += 1
+        if _is_decisive(chars[np.uintp(place)], stop - place, flags, kinds, slots, word):
+            decisive = folded64(decisive, word)
+            num_decisive += 1
+        if has_text:
+            if end > row_start:
+                text[end] = 0x20
+                end += 1
+            for letter in range(starts[place], starts[stop]):
+                text[end] = content[letter]
+                end += 1
         place = stop
-    return end, num_tokens, xxh64(chosen, 0, num_chosen, np.uint64(0))
+    return num_words, end, folding_end64(decisive, np.uint64(num_decisive))
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def _is_decisive(chars, place, stop, flags, kinds, words, openings, text, start, end):  # type: ignore[no-untyped-def]
-    code = chars[place]
-    if flags[code] & _NUMERIC or not flags[code] & _ALPHA:
+def _is_decisive(code, length, flags, kinds, slots, word):  # type: ignore[no-untyped-def]
+    """Says whether a token is one that must agree, given its first character, its length and its hash."""
+    kind = kinds[code]
+    if kind != _A and (flags[code] & _NUMERIC or not flags[code] & _ALPHA):
         return True
-    if stop - place == 1 and kinds[code] != _U:
+    if length == 1 and kind != _U:
         return code not in (0x61, 0x41, 0x49)  # "a", "A", "I"
-    if code < 0x80 and not openings[code & 0x7F, chars[place + 1] & 0x7F]:
-        return False
-    digest = xxh64(text, start, end, np.uint64(0))
-    slot = digest % np.uint64(_WORD_SLOTS)
-    while words[slot]:
-        if words[slot] == digest:
+    slot = word % np.uint64(_WORD_SLOTS)
+    while slots[slot]:
+        if slots[slot] == word:
             return True
         slot = (slot + np.uint64(1)) % np.uint64(_WORD_SLOTS)
     return False

@@ -21,7 +21,8 @@ import pyarrow as pa
 from filters.duplicates import scheme_of, shape_of
 from filters.features import Features, hex_ids
 from filters.normalise import num_unspaced, plain_text, spaced_words
-from filters.signatures import band_keys, num_own_shingles
+from filters.shingles import num_own_shingles
+from filters.signatures import band_keys
 from filters.text_columns import read_texts
 from schemas.config import DuplicatesConfig, ReasoningConfig
 from schemas.errors import ConfigError
@@ -190,8 +191,8 @@ def trace_features(traces: pa.Table, threshold: float) -> Features:
     """
     settings = trace_settings(threshold)
     text, question = read_texts(traces["reasoning"]), read_texts(traces["question"])
-    own = num_own_shingles(text.tokens, _SHINGLE_WORDS, question.tokens)
-    is_long = text.num_tokens >= _MIN_COMPARED_WORDS
+    own = num_own_shingles(text.words, _SHINGLE_WORDS, question.words)
+    is_long = text.num_words >= _MIN_COMPARED_WORDS
     ids = hex_ids(traces["id"])
     nothing = np.zeros(traces.num_rows, np.uint64)
     block = text.decisive
@@ -205,9 +206,9 @@ def trace_features(traces: pa.Table, threshold: float) -> Features:
         id_high=ids[:, 0],
         id_low=ids[:, 1],
         num_compared=np.where(is_long & (own >= _MIN_COMPARED_WORDS), own, 0).astype(np.int32),
-        bands=band_keys(text.tokens, block, scheme_of(settings), shape_of(settings), question.tokens),
-        tokens=text.tokens,
-        context=question.tokens,
+        bands=band_keys(text.words, block, scheme_of(settings), shape_of(settings), question.words),
+        words=text.words,
+        context=question.words,
     )
 
 

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
 from flows import publishing, removing, stages
+from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.publishing import Published
 from flows.removing import RemovalPlan
 from flows.runtime import Runtime
@@ -51,15 +53,14 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
     path = Path(config)
     loaded = load_config(path if path.is_absolute() or path.exists() else home / path)
     teacher = loaded.teacher.model_copy(update={"url": teacher_url}) if teacher_url else loaded.teacher
-    sources = [
-        source.model_copy(update={"path": _source_path(source, home), "image_root": _absolute(source.image_root, home)})
-        for source in loaded.sources
-    ]
     return loaded.model_copy(
         update={
             "teacher": teacher,
             "serve": None if teacher_url else _serve_section(loaded.serve, home),
-            "sources": sources,
+            "sources": _placed(loaded.sources, home),
+            "decontamination": loaded.decontamination.model_copy(
+                update={"benchmarks": _placed(loaded.decontamination.benchmarks, home)}
+            ),
             "workdir": _absolute(workdir or loaded.workdir, home),
             "corpus": loaded.corpus.model_copy(update={"folder": _absolute(loaded.corpus.folder, home)}),
         }
@@ -71,6 +72,14 @@ def _serve_section(serve: ServeConfig | None, home: Path) -> ServeConfig | None:
     if serve is None or serve.model_path is None or not (home / serve.model_path).exists():
         return serve
     return serve.model_copy(update={"model_path": str(home / serve.model_path)})
+
+
+def _placed(sources: Sequence[SourceConfig], home: Path) -> list[SourceConfig]:
+    """Returns sources whose addresses are absolute."""
+    return [
+        source.model_copy(update={"path": _source_path(source, home), "image_root": _absolute(source.image_root, home)})
+        for source in sources
+    ]
 
 
 def _source_path(source: SourceConfig, home: Path) -> str | None:
@@ -138,18 +147,19 @@ class Curation:
         self.config = runtime.config
         self.units = units
         self.markers: dict[str, list[Marker]] = {}
+        self.benchmarks = Benchmarks(runtime) if self.config.decontamination.benchmarks else None
 
     def run(self) -> Published:
         """Runs every stage and publishes the corpus. Raises BimodeError: with what to do."""
-        self._stage(stages.SOURCES, sum(unit.num_rows for unit in self.units), self._plan_sources)
-        self._stage(stages.DUPLICATES, self._num_kept(stages.SOURCES), self._plan_duplicates)
-        before = stages.DUPLICATES
-        for stage in stages.STAGES[2:]:
-            planner = self._plan_traces if stage == stages.TRACES else self._planner(stage, before)
-            self._stage(stage, self._num_kept(before), planner)
+        before = ""
+        for stage in stages.stages_of(self.config):
+            num_rows = self._num_kept(before) if before else sum(unit.num_rows for unit in self.units)
+            self._stage(stage, num_rows, self._planner(stage, before))
+            if stage == stages.DUPLICATES:
+                compared = self.markers[before]
             before = stage
-        published = publishing.publish(self.runtime, self.markers)
-        removing.settle(self.runtime, self.markers[stages.SOURCES], self.markers[stages.DUPLICATES])
+        published = publishing.publish(self.runtime, self.markers, self.benchmarks)
+        removing.settle(self.runtime, compared, self.markers[stages.DUPLICATES])
         return published
 
     def _stage(self, stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> None:
@@ -173,17 +183,31 @@ class Curation:
         }
 
     def _planner(self, stage: str, before: str) -> Callable[[Progress], Work]:
+        """Returns what plans a stage, given the one before it."""
+        if stage == stages.SOURCES:
+            return self._plan_sources
+        if stage == stages.DUPLICATES:
+            return partial(self._plan_duplicates, before)
+        if stage == stages.TRACES:
+            return partial(self._plan_traces, before)
+
         def plan(progress: Progress) -> Work:
             return {
-                marker.shard: lambda marker=marker: stages.label_shard(self.runtime, stage, marker, progress)  # type: ignore[misc]
+                marker.shard: lambda marker=marker: self._row_by_row(stage, marker, progress)  # type: ignore[misc]
                 for marker in self.markers[before]
             }
 
         return plan
 
-    def _plan_duplicates(self, progress: Progress) -> Work:
+    def _row_by_row(self, stage: str, before: Marker, progress: Progress) -> Marker:
+        """Runs a stage over one shard in which no row depends on another."""
+        if self.benchmarks is not None and stage == DECONTAMINATION:
+            return stages.remove_leaks(self.runtime, self.benchmarks, before, progress)
+        return stages.label_shard(self.runtime, stage, before, progress)
+
+    def _plan_duplicates(self, before: str, progress: Progress) -> Work:
         """Plans the comparison of all shards but those whose published result stands."""
-        done = self.markers[stages.SOURCES]
+        done = self.markers[before]
         settled = removing.settled_shards(self.runtime, done)
         new = [marker for marker in done if marker.shard not in settled]
 
@@ -197,8 +221,8 @@ class Curation:
             work[marker.shard] = lambda marker=marker: marker  # type: ignore[misc]
         return {marker.shard: work[marker.shard] for marker in done}
 
-    def _plan_traces(self, progress: Progress) -> Work:
-        done = self.markers["reasoning"]
+    def _plan_traces(self, before: str, progress: Progress) -> Work:
+        done = self.markers[before]
         inputs = [marker.output for marker in done]
         return self._plan_removals(stages.TRACES, done, inputs, removing.plan_traces, stages.remove_traces, progress)
 

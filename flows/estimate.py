@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flows import removing, stages
+from flows.decontaminating import Benchmarks
 from flows.removing import RemovalPlan, split_rows
 from flows.runtime import Runtime
 from flows.stages import Progress
@@ -52,10 +53,11 @@ class PurposeEstimate:
 
 @dataclass(frozen=True, slots=True)
 class RunEstimate:
-    """What a run would ask. num_rows: read; num_duplicates, num_quarantined: never asked about."""
+    """What a run would ask. num_rows: read; num_quarantined, num_leaks, num_duplicates: never asked about."""
 
     num_rows: int
     num_quarantined: int
+    num_leaks: int
     num_duplicates: int
     purposes: tuple[PurposeEstimate, ...]
 
@@ -116,14 +118,18 @@ def estimate_run(config: RunConfig) -> RunEstimate:
             units = plan_units(config)
             progress = Progress(sum(unit.num_rows for unit in units))
             markers = [stages.read_source_shard(runtime, unit, progress) for unit in units]
+            num_quarantined = sum(marker.count.num_quarantined for marker in markers)
+            if config.decontamination.benchmarks:
+                benchmarks = Benchmarks(runtime)
+                markers = [stages.remove_leaks(runtime, benchmarks, marker, Progress(0)) for marker in markers]
+            num_leaks = sum(marker.count.num_dropped for marker in markers)
             plan = removing.plan_duplicates(runtime, markers)
             samples = (sample for marker in markers for sample in _kept_samples(runtime, marker, plan))
             purposes = _estimate_purposes(samples, config)
     finally:
         runtime.close()
-    num_quarantined = sum(marker.count.num_quarantined for marker in markers)
     num_removed = sum(removals.num_rows for removals in plan.values())
-    return RunEstimate(progress.num_total, num_quarantined, num_removed, purposes)
+    return RunEstimate(progress.num_total, num_quarantined, num_leaks, num_removed, purposes)
 
 
 def _kept_samples(runtime: Runtime, marker: Marker, plan: RemovalPlan) -> list[Sample]:
@@ -179,7 +185,8 @@ def render_estimate(estimate: RunEstimate) -> str:
     """Returns the estimate as text for a terminal, with one example of each request."""
     lines = [
         f"{estimate.num_rows:,} rows read, {estimate.num_quarantined:,} quarantined, "
-        f"{estimate.num_duplicates:,} duplicates or id clashes; nothing was asked.",
+        f"{estimate.num_leaks:,} leaks of benchmarks, {estimate.num_duplicates:,} duplicates or id clashes; "
+        "nothing was asked.",
         "",
         f"{'purpose':<12} {'calls at least':>15} {'likely':>12} {'at most':>12} {'prompt tokens':>15} "
         f"{'completion at most':>19}",

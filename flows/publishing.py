@@ -11,11 +11,12 @@ from typing import Any
 
 from corpus.card import CardInputs, build_card
 from corpus.excerpts import pick_fates, pick_rows
-from corpus.report import PurposeUsage, ReportInputs, build_report, summary_table
+from corpus.report import BenchmarkLeaks, PurposeUsage, ReportInputs, build_report, summary_table
 from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version, next_version_name
 from corpus.writer import STAGE, write_fates, write_shards
+from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
 from flows.work_rows import work_rows
@@ -67,10 +68,14 @@ def corpus_folder(config: RunConfig) -> Path:
     return Path(config.corpus.folder) if config.corpus.folder else Path(config.workdir) / "corpus"
 
 
-def publish(runtime: Runtime, markers: Mapping[str, Sequence[Marker]]) -> Published:
+def publish(
+    runtime: Runtime, markers: Mapping[str, Sequence[Marker]], benchmarks: Benchmarks | None = None
+) -> Published:
     """Writes the corpus of the finished stages and publishes it, unless the latest version is the same corpus.
 
-    markers: of every stage, in order. Raises StorageError, CorpusError: nothing is published then.
+    markers: of every stage, in order. benchmarks: those that its rows were compared with.
+
+    Raises StorageError, CorpusError: nothing is published then.
     """
     config = runtime.config
     recipe = recipe_digest(config)
@@ -91,7 +96,8 @@ def publish(runtime: Runtime, markers: Mapping[str, Sequence[Marker]]) -> Publis
     counts[STAGE] = count_stage(num_kept + len(unwritable), num_kept, unwritable)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     usage = merged_usage(marker.usage for done in markers.values() for marker in done)
-    figures = _write_pages(runtime, building, counts, usage, created=created, recipe=recipe, inputs=inputs)
+    leaks = benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else []
+    figures = _write_pages(runtime, building, counts, usage, leaks, created=created, recipe=recipe, inputs=inputs)
     committed = commit_version(
         building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
     )
@@ -154,6 +160,7 @@ def _write_pages(
     building: Path,
     counts: Mapping[str, StageCount],
     usage: Mapping[str, UsageCount],
+    leaks: Sequence[BenchmarkLeaks],
     *,
     created: str,
     recipe: str,
@@ -185,6 +192,7 @@ def _write_pages(
                 for purpose, count in usage.items()
             ],
             prices=config.prices,
+            benchmarks=leaks,
             rows=pick_rows(building),
             fates=pick_fates(building / FATES_FILE, read_image=runtime.images.read),
         )

@@ -45,7 +45,7 @@ from schemas.fates import FATE_SCHEMA, Exit
 DUPLICATES = "duplicates"
 LEDGER = "published.json"
 
-FEATURES_VERSION = 1
+FEATURES_VERSION = 2
 """Raised when features are made in another way, so that stored ones are made again."""
 
 REMOVAL_SCHEMA = pa.schema(
@@ -217,7 +217,7 @@ class _ShardRows:
         detail = _joined(self.texts("origin", rows), " has the id '", pc.utf8_slice_codeunits(names, 0, 80), "' of ",
                          self.texts("origin", clashes.first), ", but other content")  # fmt: skip
         nothing = pa.nulls(len(rows))
-        return _removals(rows, Exit.QUARANTINED, _repeated(SAME_SOURCE_ID, len(rows)), detail, nothing, nothing)
+        return removal_table(rows, Exit.QUARANTINED, _repeated(SAME_SOURCE_ID, len(rows)), detail, nothing, nothing)
 
     def duplicates(self, found: Removals) -> pa.Table:
         near = pa.array(found.is_near)
@@ -227,13 +227,13 @@ class _ShardRows:
                          self.texts("origin", found.resembles), self._answer_note(found))  # fmt: skip
         reasons = pc.if_else(near, NEAR, EXACT)
         kept = self.texts("id", found.resembles)
-        return _removals(found.rows, Exit.DROPPED, reasons, detail, kept, pa.array(found.similarity))
+        return removal_table(found.rows, Exit.DROPPED, reasons, detail, kept, pa.array(found.similarity))
 
     def traces(self, found: Removals) -> pa.Table:
         likeness = pc.round(pa.array(found.similarity), 2).cast(pa.string())
         detail = _joined("its trace is that of ", self.texts("origin", found.resembles), " (", likeness, " alike)")
         kept = self.texts("id", found.resembles)
-        return _removals(
+        return removal_table(
             found.rows, Exit.DROPPED, _repeated(TRACE_DUPLICATE, len(found)), detail, kept, pa.array(found.similarity)
         )
 
@@ -266,9 +266,10 @@ def plan_traces(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
     return rows.by_shard(rows.traces(found))
 
 
-def _removals(
+def removal_table(
     rows: Rows, exit_: Exit, reasons: pa.Array, detail: pa.Array, resembles: pa.Array, similarity: pa.Array
 ) -> pa.Table:
+    """Returns a table with `REMOVAL_SCHEMA`; rows are ascending."""
     columns = [pa.array(rows), _repeated(str(exit_), len(rows)), reasons, detail, resembles, similarity]
     return pa.table(columns, names=REMOVAL_SCHEMA.names).cast(REMOVAL_SCHEMA)
 

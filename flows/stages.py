@@ -2,7 +2,7 @@
 
 Each reads the shard of the stage before, writes its own by way of `Workspace.finish_shard`, and is skipped when it is
 done already under the same digest. Two stages look across shards, `duplicates` and `traces`: their plans are made in
-`flows.removing`.
+`flows.removing`. Benchmarks are compared in `flows.decontaminating`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import pyarrow as pa
 
+from flows.decontaminating import DECONTAMINATION, Benchmarks, decontaminate
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
 from flows.removing import RemovalPlan, split_rows
 from flows.runtime import Runtime, open_desk, open_journal
@@ -34,11 +35,12 @@ LABELLING: dict[str, Label] = {
     "reasoning": label_reasoning,
     "answers": label_answer,
 }
-STAGES = (SOURCES, DUPLICATES, "routing", "difficulty", "performance", "reasoning", TRACES, "answers")
+STAGES = (SOURCES, DECONTAMINATION, DUPLICATES, *list(LABELLING)[:-1], TRACES, "answers")
 """In order. The corpus stage that follows is `flows.publishing`."""
 
 STAGE_TITLES = {
     SOURCES: "read the sources",
+    DECONTAMINATION: "remove rows that leak a benchmark",
     DUPLICATES: "remove duplicates",
     "routing": "route to objective or subjective",
     "difficulty": "difficulty heuristic",
@@ -47,6 +49,11 @@ STAGE_TITLES = {
     TRACES: "remove duplicate traces",
     "answers": "complete the answers",
 }
+
+
+def stages_of(config: RunConfig) -> list[str]:
+    """Returns the stages of a run in order: without benchmarks there is nothing to be compared with."""
+    return [stage for stage in STAGES if stage != DECONTAMINATION or config.decontamination.benchmarks]
 
 
 class Progress:
@@ -85,6 +92,7 @@ def _recipe_of(stage: str, config: RunConfig) -> list[object]:
     verification = config.verification.model_dump(exclude={"num_workers"})
     recipes: dict[str, list[object]] = {
         SOURCES: [config.images.model_dump()],
+        DECONTAMINATION: [config.decontamination.model_dump(exclude={"max_pairs"})],
         DUPLICATES: [config.duplicates.model_dump()],
         "routing": [config.routing.model_dump(), teacher],
         "difficulty": [config.difficulty.model_dump(), teacher],
@@ -125,6 +133,14 @@ def read_source_shard(runtime: Runtime, unit: Unit, progress: Progress) -> Marke
             fates=fates_to_table(fates),
         )
     progress.advance(unit.num_rows)
+    return marker
+
+
+def remove_leaks(runtime: Runtime, benchmarks: Benchmarks, before: Marker, progress: Progress) -> Marker:
+    """Removes the rows of one shard that leak a benchmark. Raises SourceError: a benchmark cannot be read."""
+    digest = stage_digest(DECONTAMINATION, runtime.config, [before.output, benchmarks.digest])
+    marker = decontaminate(runtime, benchmarks, before, digest)
+    progress.advance(marker.count.num_in)
     return marker
 
 

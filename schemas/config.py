@@ -116,6 +116,32 @@ class DuplicatesConfig(_Section):
     seed: int = Field(1, description="Seed of the permutations.")
 
 
+class DecontaminationConfig(_Section):
+    """Rows that leak an evaluation benchmark go, wherever benchmarks are named."""
+
+    benchmarks: list[SourceConfig] = Field(
+        default_factory=list, description="The benchmarks, each described like a source; their names must differ."
+    )
+    max_ngram: Positive = Field(13, description="Words in a row that a row may not share with a benchmark question.")
+    min_ngram: Positive = Field(
+        8, description="Benchmark questions of fewer words leak only as a whole, together with their image."
+    )
+    max_benchmark_questions: Positive = Field(
+        10, description="Words in an n-gram that more benchmark questions hold are boilerplate and no evidence."
+    )
+    images: bool = Field(True, description="A shared image is a leak by itself, whatever is asked of it.")
+    max_pairs: Positive = Field(1000, description="Pairs of row and benchmark question that the report keeps of each.")
+
+    @model_validator(mode="after")
+    def _bounds_and_names_fit(self) -> DecontaminationConfig:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram = {self.min_ngram} must not exceed max_ngram = {self.max_ngram}")
+        names = [benchmark.name for benchmark in self.benchmarks]
+        if len(set(names)) != len(names):
+            raise ValueError(f"benchmark names must be unique, got {names}")
+        return self
+
+
 class RoutingConfig(_Section):
     """Objective or subjective, and the topic, by rule; the teacher is asked only where the rules cannot tell."""
 
@@ -224,6 +250,7 @@ class RunConfig(_Section):
     teacher: EndpointConfig = Field(default_factory=EndpointConfig, description="Who labels.")
     reasoner: EndpointConfig | None = Field(None, description="Who writes chains of thought; the teacher by default.")
     serve: ServeConfig | None = Field(None, description="Start vLLM for the teacher when its address does not answer.")
+    decontamination: DecontaminationConfig = Field(default_factory=DecontaminationConfig)
     duplicates: DuplicatesConfig = Field(default_factory=DuplicatesConfig)
     routing: RoutingConfig = Field(default_factory=RoutingConfig)
     difficulty: DifficultyConfig = Field(default_factory=DifficultyConfig)

@@ -48,3 +48,8 @@ def is_same_order(first: Sequence[str], second: Sequence[str]) -> bool:
     counts = Counter(content[0]), Counter(content[1])
     shared = {token for token, count in counts[0].items() if counts[1][token] == count}
     return [token for token in content[0] if token in shared] == [token for token in content[1] if token in shared]
+
+
+def joined_tokens(text: str) -> bytes:
+    """Returns the tokens of a raw text in UTF-8, joined by single spaces."""
+    return " ".join(tokens(normalise_text(text))).encode("utf-8", "surrogatepass")

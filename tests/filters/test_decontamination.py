@@ -19,7 +19,9 @@ from filters.decontamination import (
     ShardContamination,
     image_keys,
 )
-from filters.token_table import joined_tokens, token_table
+from filters.flat_texts import FlatTexts
+from filters.text_columns import read_tokens
+from tests.filters.reference import joined_tokens
 
 Row = tuple[str, tuple[str, ...]]
 """A training row: its question and the names of its images."""
@@ -39,7 +41,7 @@ def benchmark(*questions: BenchmarkQuestion | str, name: str = "bench") -> Bench
 
 def find(index: BenchmarkIndex, rows: Sequence[Row], *, first: int = 0, num_threads: int = 1) -> ShardContamination:
     return index.find(
-        token_table([question for question, _ in rows]),
+        read_tokens(FlatTexts.of_strings([question for question, _ in rows])),
         image_keys(name for _, names in rows for name in names),
         np.cumsum([0, *(len(names) for _, names in rows)], dtype=np.int64),
         origins=[f"s:f#{first + place}" for place in range(len(rows))],
@@ -290,7 +292,7 @@ def test_impossible_bounds_are_refused(bounds: dict[str, int]) -> None:
 
 
 def test_arguments_of_different_lengths_are_refused() -> None:
-    index, table = BenchmarkIndex.build([]), token_table(["Who?"])
+    index, table = BenchmarkIndex.build([]), read_tokens(FlatTexts.of_strings(["Who?"]))
     with pytest.raises(ValueError, match="needs 2 image offsets and 1 origins, got 1 and 1"):
         index.find(table, image_keys([]), np.zeros(1, np.int64), origins=["a"])
     with pytest.raises(ValueError, match="must go from 0 to 0 images, got 0 to 1"):

@@ -7,8 +7,11 @@ import xxhash
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from filters.flat_texts import FlatTexts
+from filters.hashing import folded64, folding_end64
 from filters.normalise import decisive_tokens, normalise_text, tokens
-from filters.text_columns import read_texts
+from filters.text_columns import read_texts, read_tokens
+from filters.word_table import word_hash
 
 SIGNS = list(
     "aAbBxXzZ09 .,:;'\"!?-_+*/=()[]{}\\%$#@\t\n¿¡²½×−–’“”…éÉßﬁＡ٣三不中ก가\u1161\u0301\u200b\u200d\ufe0f👍👨İΣςǅªªⅣ″€"
@@ -22,18 +25,26 @@ texts = st.one_of(
 )
 
 
+def digest_of(words: list[str]) -> int:
+    """Returns the digest of words: a polynomial over their hashes, then XXH64's avalanche."""
+    state = np.uint64(0)
+    for word in words:
+        state = np.uint64(folded64(state, np.uint64(word_hash(word))))
+    return int(folding_end64(state, np.uint64(len(words))))
+
+
 def assert_read_as_stated(rows: list[str]) -> None:
-    found = read_texts(pa.array(rows, pa.string()))
+    found, read_words = read_texts(pa.array(rows, pa.string())), read_tokens(FlatTexts.of_strings(rows))
     for place, text in enumerate(rows):
         normal = normalise_text(text)
         content = normal.encode()
         row = tokens(normal)
-        assert found.tokens.row(place) == row
-        assert found.num_tokens[place] == len(row)
+        assert read_words.row(place) == row
+        assert found.words.row(place) == [word_hash(word) for word in row]
+        assert found.num_words[place] == len(row)
         assert found.lengths[place] == len(normal)
         assert found.exact[place, 0] == xxhash.xxh64_intdigest(content, 0)
-        decisive = " ".join(decisive_tokens(row)).encode()
-        assert found.decisive[place] == xxhash.xxh64_intdigest(decisive, 0)
+        assert found.decisive[place] == digest_of(decisive_tokens(row))
 
 
 @settings(deadline=None, max_examples=400)
@@ -53,15 +64,15 @@ def test_every_code_point_is_read_as_the_rules_state() -> None:
 def test_absent_texts_are_empty_and_slices_keep_their_rows(kind: pa.DataType) -> None:
     column = pa.chunked_array([pa.array(["one", None, ""], kind), pa.array(["two words", "three"], kind)]).slice(1, 3)
     found = read_texts(column)
-    assert [found.tokens.row(place) for place in range(3)] == [[], [], ["two", "words"]]
+    assert [read_tokens(FlatTexts.of(column)).row(place) for place in range(3)] == [[], [], ["two", "words"]]
     assert np.array_equal(found.exact[0], found.exact[1])
-    assert found.num_tokens.tolist() == [0, 0, 2]
+    assert found.num_words.tolist() == [0, 0, 2]
 
 
 def test_a_column_without_rows_has_none() -> None:
-    assert len(read_texts(pa.array([], pa.string())).tokens) == 0
+    assert len(read_texts(pa.array([], pa.string())).words) == 0
 
 
 def test_a_megabyte_of_one_word_is_one_token() -> None:
     found = read_texts(pa.array(["a" * 2**20, "b " * 2**19]))
-    assert found.num_tokens.tolist() == [1, 2**19]
+    assert found.num_words.tolist() == [1, 2**19]
