@@ -1,11 +1,14 @@
 """The stage `duplicates` of curation, timed whole: read, shingle, sign, band, verify, cluster, write.
 
-Questions of about 46 made-up words, 20 % of them near duplicates (one word changed) of an earlier one. The stage runs
-as `curate` runs it, on shards in a work folder. Peers get the same rows, the same bands and threshold, in the same run.
+Questions of about 46 made-up words, 20 % of them near duplicates (one word changed) of an earlier one, in shards of
+10,000. The stage runs as `curate` runs it, on shards in a work folder, in a process of its own that has compiled its
+kernels before. Peers get the same rows, the same bands and threshold, in the same run; their start is left out too.
 
-    python -m benchmarks.duplicates --rows 100000 --peers datasketch datatrove
+    python -m benchmarks.duplicates                                             # 100,000 rows
+    python -m benchmarks.duplicates --peers datasketch datatrove                # beside its peers
     python -m benchmarks.duplicates --rows 1000000 4000000 16400000
-    python -m benchmarks.duplicates --rows 100000 --published 10000000
+    python -m benchmarks.duplicates --published 10000000                        # new rows against published ones
+    python -m benchmarks.duplicates --everything --datatrove-python PYTHON      # all of it, in one table
 """
 
 from __future__ import annotations
@@ -19,10 +22,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -37,10 +40,10 @@ from schemas.config import RunConfig, SourceConfig
 from schemas.fates import FATE_SCHEMA
 from schemas.samples import SAMPLE_SCHEMA
 
-SHARD_ROWS = 100_000
+SHARD_ROWS, BLOCK_ROWS = 10_000, 100_000
+EVERY_SIZE = (100_000, 1_000_000, 4_000_000, 16_400_000)
 NUM_WORDS, NUM_CHANGED, VOCABULARY = 46, 1, 50_000
 DUPLICATE_SHARE = 0.2
-T = TypeVar("T")
 
 
 def questions(num_rows: int, *, seed: int) -> pa.Array:
@@ -82,16 +85,21 @@ def samples(num_rows: int, *, seed: int) -> pa.Table:
 
 
 def make_shards(runtime: Runtime, num_rows: int, *, seed: int, prefix: str = "bench") -> list[Marker]:
-    """Writes source shards of a work folder, as the stage before would; returns their markers."""
-    markers = []
-    for number, start in enumerate(range(0, num_rows, SHARD_ROWS)):
-        table = samples(min(SHARD_ROWS, num_rows - start), seed=seed + 10 * number)
-        markers.append(
-            runtime.workspace.finish_shard(
-                stages.SOURCES, f"{prefix}-{number:05d}", digest="", num_in=table.num_rows, rows=table,
-                fates=FATE_SCHEMA.empty_table(),
-            )
-        )  # fmt: skip
+    """Writes source shards of a work folder, as the stage before would; returns their markers.
+
+    Rows resemble rows of other shards of their block.
+    """
+    markers: list[Marker] = []
+    for start in range(0, num_rows, BLOCK_ROWS):
+        block = samples(min(BLOCK_ROWS, num_rows - start), seed=seed + start // (BLOCK_ROWS // 10))
+        for first in range(0, block.num_rows, SHARD_ROWS):
+            table = block.slice(first, SHARD_ROWS)
+            markers.append(
+                runtime.workspace.finish_shard(
+                    stages.SOURCES, f"{prefix}-{len(markers):05d}", digest="", num_in=table.num_rows, rows=table,
+                    fates=FATE_SCHEMA.empty_table(),
+                )
+            )  # fmt: skip
     return markers
 
 
@@ -103,20 +111,34 @@ def run_stage(runtime: Runtime, markers: list[Marker], settled: Sequence[Marker]
         return list(pool.map(lambda marker: stages.remove_duplicates(runtime, marker, plan, "", progress), markers))
 
 
-def bench_refresh(num_new: int, num_published: int, folder: Path) -> None:
-    """Prints a line for new rows against published ones; a fifth of the new ones resemble each other only."""
+def measure(folder: Path) -> dict[str, float]:
+    """Runs the stage over the shards `new-*` of a work folder, against what is published there; returns its figures."""
     runtime = Runtime(bench_config(folder))
-    before = make_shards(runtime, num_published, seed=7)
-    removing.settle(runtime, before, run_stage(runtime, before))
-    new = make_shards(runtime, num_new, seed=8, prefix="new")
-    settled = list(removing.settled_shards(runtime, before).values())
-    seconds, done = timed(lambda: run_stage(runtime, new, settled))
-    print(f"{num_new:>12,} rows  refresh     {seconds:8.2f} s  against {num_published:,} published ones, "
-          f"{num_dropped(done):,} removed, peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
+    new, old = markers_in(runtime, "new"), markers_in(runtime, "old")
+    warm = Runtime(bench_config(folder / "warm"))
+    run_stage(warm, make_shards(warm, 2 * SHARD_ROWS, seed=3))  # compiles or loads the kernels
+    settled = list(removing.settled_shards(runtime, old).values())
+    assert len(settled) == len(old)
+    started = time.monotonic()
+    done = run_stage(runtime, new, settled)
+    seconds = time.monotonic() - started
+    return {"seconds": seconds, "removed": sum(m.count.num_dropped for m in done), "peak_gib": peak_gib()}
 
 
-def num_dropped(markers: Sequence[Marker]) -> int:
-    return sum(marker.count.num_dropped for marker in markers)
+def markers_in(runtime: Runtime, prefix: str) -> list[Marker]:
+    """Returns the markers of the source shards with this prefix."""
+    paths = sorted((runtime.workspace.root / "stages" / stages.SOURCES).glob(f"{prefix}-*.json"))
+    found = [runtime.workspace.read_marker(stages.SOURCES, path.stem) for path in paths]
+    return [marker for marker in found if marker is not None]
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """Returns what `measure` finds, in a process of its own."""
+    ran = subprocess.run(
+        [sys.executable, "-m", "benchmarks.duplicates", "--measure", str(folder)], check=True, stdout=subprocess.PIPE
+    )
+    figures: dict[str, float] = json.loads(ran.stdout)
+    return figures
 
 
 def with_datasketch(table: pa.Table) -> int:
@@ -178,12 +200,6 @@ def with_datatrove(table: pa.Table, folder: Path, python: str) -> float:
     return float(json.loads(ran.stdout.strip().splitlines()[-1])["seconds"])
 
 
-def timed(work: Callable[[], T]) -> tuple[float, T]:
-    started = time.monotonic()
-    found = work()
-    return time.monotonic() - started, found
-
-
 def peak_gib() -> float:
     """Returns the largest resident set of this process so far, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -194,48 +210,89 @@ def bench_config(folder: Path) -> RunConfig:
     return RunConfig(workdir=str(folder), sources=[source], parallel_shards=os.cpu_count() or 1)
 
 
-def bench(num_rows: int, folder: Path, peers: list[str], datatrove_python: str) -> None:
-    """Prints a line for the stage, and one for each peer with the ratio."""
+@dataclass(frozen=True)
+class Line:
+    """One line of the table. peers: seconds by name."""
+
+    what: str
+    num_rows: int
+    figures: dict[str, float]
+    peers: dict[str, float]
+
+    def render(self) -> str:
+        seconds = self.figures["seconds"]
+        peers = [
+            f"{self.peers[name]:.1f} s ({self.peers[name] / seconds:,.0f} times)" if name in self.peers else ""
+            for name in ("datasketch", "datatrove")
+        ]
+        own = [f"{seconds:.2f} s", f"{self.num_rows / seconds:,.0f}", f"{self.figures['peak_gib']:.1f} GiB"]
+        return "| " + " | ".join([self.what, *own, f"{self.figures['removed']:,}", *peers]) + " |"
+
+
+HEAD = (
+    "| rows | bimode | rows/s | peak memory | removed | datasketch bulk + LSH | datatrove, four steps |\n|" + "---|" * 7
+)
+
+
+def bench(num_rows: int, folder: Path, peers: Sequence[str], datatrove_python: str) -> Line:
+    """Measures the stage, and its peers on the same rows."""
     runtime = Runtime(bench_config(folder))
-    markers = make_shards(runtime, num_rows, seed=7)
-    seconds, done = timed(lambda: run_stage(runtime, markers))
-    print(f"{num_rows:>12,} rows  bimode      {seconds:8.2f} s  {num_rows / seconds:>11,.0f} rows/s  "
-          f"{num_dropped(done):,} removed, peak {peak_gib():.2f} GiB", flush=True)  # fmt: skip
-    if not peers:
-        return
-    table = pa.concat_tables([runtime.workspace.read_rows(stages.SOURCES, marker.shard) for marker in markers])
-    for peer in peers:
-        if peer == "datasketch":
-            other, found = timed(lambda: with_datasketch(table))
-            note = f"{found:,} candidates"
-        else:
-            other, note = with_datatrove(table, folder / "datatrove", datatrove_python), "its four steps"
-        print(f"{num_rows:>12,} rows  {peer:<10}  {other:8.2f} s  {num_rows / other:>11,.0f} rows/s  {note}; "
-              f"bimode is {other / seconds:,.0f} times as fast", flush=True)  # fmt: skip
+    markers = make_shards(runtime, num_rows, seed=7, prefix="new")
+    figures, others = measured(folder), {}
+    if peers:
+        table = pa.concat_tables([runtime.workspace.read_rows(stages.SOURCES, marker.shard) for marker in markers])
+    if "datasketch" in peers:
+        started = time.monotonic()
+        with_datasketch(table)
+        others["datasketch"] = time.monotonic() - started
+    if "datatrove" in peers:
+        others["datatrove"] = with_datatrove(table, folder / "datatrove", datatrove_python)
+    return Line(f"{num_rows:,}", num_rows, figures, others)
+
+
+def bench_refresh(num_new: int, num_published: int, folder: Path) -> Line:
+    """Measures new rows against published ones; a fifth of the new ones resemble each other only."""
+    runtime = Runtime(bench_config(folder))
+    before = make_shards(runtime, num_published, seed=7, prefix="old")
+    removing.settle(runtime, before, run_stage(runtime, before))
+    make_shards(runtime, num_new, seed=8, prefix="new")
+    return Line(f"{num_new:,} new, {num_published:,} published", num_new, measured(folder), {})
+
+
+def machine() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{names[0].split(': ')[1]}, {os.cpu_count()} cores, {gib:.0f} GiB, Python {platform.python_version()}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000], help="sizes to run, one after the other")
-    parser.add_argument(
-        "--published", type=int, default=0, help="published rows that --rows new ones are compared with"
-    )
+    parser.add_argument("--published", type=int, default=0, help="published rows that --rows are compared with")
     parser.add_argument("--peers", nargs="*", default=[], choices=["datasketch", "datatrove"], help="run these too")
+    parser.add_argument("--everything", action="store_true", help="all sizes, both peers, and a refresh against 10 M")
     parser.add_argument("--datatrove-python", default=sys.executable, help="Python of an environment with datatrove")
     parser.add_argument("--work", type=Path, default=Path(".local/benchmark"), help="folder for the data")
+    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
-    warm = arguments.work / "warm"
+    if arguments.measure:
+        print(json.dumps(measure(arguments.measure)))
+        return
     shutil.rmtree(arguments.work, ignore_errors=True)
-    runtime = Runtime(bench_config(warm))
-    run_stage(runtime, make_shards(runtime, 2000, seed=3))  # compiles the kernels
-    for num_rows in arguments.rows:
+    sizes = EVERY_SIZE if arguments.everything else arguments.rows
+    peers = ["datasketch", "datatrove"] if arguments.everything else arguments.peers
+    print(f"{machine()}\n\n{HEAD}", flush=True)
+    for num_rows in sizes:
         folder = arguments.work / str(num_rows)
         if arguments.published:
-            bench_refresh(num_rows, arguments.published, folder)
+            line = bench_refresh(num_rows, arguments.published, folder)
         else:
-            bench(num_rows, folder, arguments.peers, arguments.datatrove_python)
+            line = bench(num_rows, folder, peers if num_rows == sizes[0] else [], arguments.datatrove_python)
+        print(line.render(), flush=True)
         shutil.rmtree(folder)
+    if arguments.everything:
+        print(bench_refresh(100_000, 10_000_000, arguments.work / "refresh").render(), flush=True)
+        shutil.rmtree(arguments.work / "refresh")
 
 
 if __name__ == "__main__":

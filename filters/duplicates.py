@@ -4,11 +4,11 @@ The unit is (images, question, options): the same question on another image is a
 image too. Shards are read once, each by itself, into fixed-width features (`filters.features`); everything that looks
 across rows works on those.
 
-Two rows are **exact** duplicates if images (in order), normalised question and normalised options (in order) are equal,
-whatever their answers: one question cannot be asked twice with two answers, and the better row is kept.
+Two rows are **exact** duplicates if images (in order, pixel by pixel), normalised question and normalised options (in
+order) are equal, whatever their answers: one question cannot be asked twice with two answers, and the better row stays.
 
 Two rows are **near** duplicates if all of these hold; each rule keeps apart what is asked apart:
-- The images are the same, in the same order. (Which images are the same is decided elsewhere.)
+- The images are near copies of each other, in the same order (`filters.images`).
 - The options are the same in the same order: other options make another question, and a letter another answer.
 - Numbers, signs, brackets, single letters and decisive words (`normalise.is_decisive`) agree in order: "3 + 4" is not
   "3 - 4", and templates filled with other numbers resemble each other almost perfectly.
@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from filters.buckets import Keys, Rows, bucket_pairs, matching_pairs, rows_with_keys, shared_rows
 from filters.feature_files import FeatureTable
-from filters.features import Features, joined, sample_features
+from filters.features import Features, PictureNames, joined, sample_features
 from filters.likeness import likeness
 from filters.signatures import BandShape, MinHashScheme, band_shape
 from filters.stars import Edges, kept_rows, no_edges, representatives
@@ -95,9 +95,9 @@ def shape_of(config: DuplicatesConfig) -> BandShape:
     return band_shape(config.threshold, config.num_permutations)
 
 
-def features_of(samples: pa.Table, config: DuplicatesConfig, same_image: dict[str, str] | None = None) -> Features:
+def features_of(samples: pa.Table, config: DuplicatesConfig, pictures: PictureNames | None = None) -> Features:
     """Returns what the rows of a samples table are compared by under a configuration."""
-    return sample_features(samples, scheme_of(config), shape_of(config), same_image)
+    return sample_features(samples, scheme_of(config), shape_of(config), pictures)
 
 
 def find_duplicates(

@@ -6,7 +6,6 @@ later run maps only the columns it needs. Nothing here is a Python object per ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 
 import numba
@@ -16,7 +15,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from filters.flat_texts import FlatTexts
-from filters.hashing import joined64, xxh64
+from filters.hashing import fold64, joined64, xxh64
+from filters.images import FingerprintTable
 from filters.signatures import BandShape, MinHashScheme, band_keys
 from filters.text_columns import read_texts
 from filters.word_table import WordTable
@@ -32,8 +32,8 @@ Keys = NDArray[np.uint64]
 class Features:
     """The rows of a shard, structure of arrays; all uint64 [num_rows] where nothing else is said.
 
-    exact, exact_more: 128-bit digest of images, options and normalised question; equal for exact duplicates.
-    block: digest of images, options and decisive tokens; rows of different blocks are never near duplicates.
+    exact, exact_more: 128-bit digest of pixels, options and normalised question; equal for exact duplicates.
+    block: digest of pictures, options and decisive tokens; rows of different blocks are never near duplicates.
     answer: digest of the normalised reference answer, 0 for none. named: digest of source and source id, 0 for none.
     goodness, id_high, id_low: the order of rows, see `filters.row_order`.
     num_compared: int32, words, or 0 for rows too short for near comparison. bands: [num_bands, num_rows].
@@ -82,26 +82,63 @@ def stored_words(table: pa.Table, name: str) -> WordTable:
     return WordTable(array.values.to_numpy(), array.offsets.to_numpy())
 
 
+@dataclass(frozen=True, slots=True)
+class PictureNames:
+    """What an image is called where rows are compared; images that are not among `known` by their sha256.
+
+    known: sha256s, string [num_images]. pixels: names that images of equal pixels share. pictures: sha256 of the image
+    that stands for all that are near copies.
+    """
+
+    known: pa.Array
+    pixels: pa.Array
+    pictures: pa.Array
+
+    @classmethod
+    def of(cls, table: FingerprintTable, representative: NDArray[np.int64]) -> PictureNames:
+        """Returns the names of fingerprinted images. representative: int64 [num_images], see `image_clusters`."""
+        known = pa.array(np.char.decode(table.sha256s, "ascii"), pa.string())
+        digests = pa.array([row.tobytes().hex() for row in table.pixels], pa.string())
+        return cls(known, pc.if_else(pa.array(table.is_valid), digests, known), known.take(pa.array(representative)))
+
+    @classmethod
+    def none(cls) -> PictureNames:
+        nothing = pa.array([], pa.string())
+        return cls(nothing, nothing, nothing)
+
+    def digest(self, sha256s: pa.Array) -> int:
+        """Returns a digest of what these images are called."""
+        names = pc.unique(sha256s).sort()
+        return int(
+            fold64(np.concatenate([string_keys(self.pixel_names(names)), string_keys(self.picture_names(names))]))
+        )
+
+    def pixel_names(self, sha256s: pa.Array) -> pa.Array:
+        return pc.coalesce(self.pixels.take(pc.index_in(sha256s, self.known)), sha256s)
+
+    def picture_names(self, sha256s: pa.Array) -> pa.Array:
+        return pc.coalesce(self.pictures.take(pc.index_in(sha256s, self.known)), sha256s)
+
+
 def sample_features(
-    samples: pa.Table, scheme: MinHashScheme, shape: BandShape, same_image: Mapping[str, str] | None = None
+    samples: pa.Table, scheme: MinHashScheme, shape: BandShape, pictures: PictureNames | None = None
 ) -> Features:
     """Returns the features of a table with the columns of `schemas.samples.SAMPLE_SCHEMA`.
 
-    same_image: for images that are another one's copy, the sha256 of the one that stands for them. Releases the
-    interpreter lock during most of the work.
+    pictures: what its images are called. Releases the interpreter lock during most of the work.
     """
     question, answer = read_texts(samples["question"]), read_texts(samples["answer"])
-    images = _images(samples["images"], same_image or {})
+    images = _images(samples["images"], pictures or PictureNames.none())
     options = _lists(samples["choices"])
     choices = read_texts(options.values)
     option_keys = folded_lists(choices.exact[:, 0], options.offsets)
     more_option_keys = folded_lists(choices.exact[:, 1], options.offsets)
-    image_keys = folded_lists(images.keys, images.offsets)
-    block = joined(joined(image_keys, option_keys), question.decisive)
+    pixel_keys, picture_keys = (folded_lists(keys, images.offsets) for keys in (images.pixels, images.pictures))
+    block = joined(joined(picture_keys, option_keys), question.decisive)
     ids = hex_ids(samples["id"])
     return Features(
-        exact=joined(joined(image_keys, option_keys), question.exact[:, 0]),
-        exact_more=joined(joined(~image_keys, more_option_keys), question.exact[:, 1]),
+        exact=joined(joined(pixel_keys, option_keys), question.exact[:, 0]),
+        exact_more=joined(joined(~pixel_keys, more_option_keys), question.exact[:, 1]),
         block=block,
         answer=np.where(answer.lengths > 0, answer.exact[:, 0] | np.uint64(1), np.uint64(0)),
         named=_named(samples["source"], samples["source_id"]),
@@ -130,7 +167,8 @@ class _Lists:
 
 @dataclass(frozen=True, slots=True)
 class _Images:
-    keys: Keys
+    pixels: Keys
+    pictures: Keys
     offsets: NDArray[np.int64]
     num_pixels: NDArray[np.int64]
 
@@ -139,22 +177,30 @@ def _lists(column: pa.ChunkedArray) -> _Lists:
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
     offsets = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=offsets[1:])
-    values = pc.list_flatten(column)
-    return _Lists(values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values, offsets)
+    return _Lists(_flat(pc.list_flatten(column)), offsets)
 
 
-def _images(column: pa.ChunkedArray, same_image: Mapping[str, str]) -> _Images:
-    """Returns digests of the images' names, and the pixels of each row's images together."""
-    lists = _lists(column)
-    names = pc.struct_field(lists.values, "sha256")
-    if same_image:
-        known = pa.array(list(same_image), pa.string())
-        places = pc.index_in(names, known)
-        names = pc.coalesce(pc.take(pa.array(list(same_image.values()), pa.string()), places), names)
+def image_names(column: pa.ChunkedArray) -> pa.Array:
+    """Returns the sha256 of all images of a column of samples, one after the other."""
+    return _flat(pc.struct_field(pc.list_flatten(column), "sha256"))
+
+
+def _flat(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+
+
+def _images(column: pa.ChunkedArray, pictures: PictureNames) -> _Images:
+    """Returns digests of what the images are called, and the pixels of each row's images together."""
+    lists, names = _lists(column), image_names(column)
     sides = [pc.fill_null(pc.struct_field(lists.values, side), 0).to_numpy() for side in ("width", "height")]
     sums = np.zeros(len(names) + 1, np.int64)
     np.cumsum(sides[0].astype(np.int64) * sides[1], out=sums[1:])
-    return _Images(string_keys(names), lists.offsets, sums[lists.offsets[1:]] - sums[lists.offsets[:-1]])
+    return _Images(
+        string_keys(pictures.pixel_names(names)),
+        string_keys(pictures.picture_names(names)),
+        lists.offsets,
+        sums[lists.offsets[1:]] - sums[lists.offsets[:-1]],
+    )
 
 
 def _named(sources: pa.ChunkedArray, names: pa.ChunkedArray) -> Keys:

@@ -34,8 +34,10 @@ from filters.duplicates import (
     find_duplicates,
 )
 from filters.feature_files import FeatureTable, stored_digest, write_features
+from filters.features import PictureNames, image_names
 from filters.traces import DUPLICATE as TRACE_DUPLICATE
 from filters.traces import trace_features, trace_settings
+from flows.pictures import Pictures
 from flows.runtime import Runtime
 from flows.work_rows import FATE_QUESTION_CHARACTERS
 from flows.workspace import Marker, Workspace, digest_of
@@ -45,7 +47,7 @@ from schemas.fates import FATE_SCHEMA, Exit
 DUPLICATES = "duplicates"
 LEDGER = "published.json"
 
-FEATURES_VERSION = 2
+FEATURES_VERSION = 3
 """Raised when features are made in another way, so that stored ones are made again."""
 
 REMOVAL_SCHEMA = pa.schema(
@@ -71,8 +73,9 @@ def plan_duplicates(runtime: Runtime, markers: Sequence[Marker], settled: Sequen
     texts stay on the disk.
     """
     config, num_threads = runtime.config.duplicates, runtime.config.parallel_shards
+    names = _pictures(runtime, markers).names
     with ThreadPoolExecutor(num_threads) as pool:
-        paths = list(pool.map(lambda marker: _feature_file(runtime, marker), markers))
+        paths = list(pool.map(lambda marker: _feature_file(runtime, marker, names), markers))
     published = FeatureTable.open([_published_path(runtime.workspace, marker.shard) for marker in settled])
     rows = _ShardRows(runtime.workspace, [*markers, *settled], FeatureTable.open(paths), published)
     clashes = clashing_ids(rows.features, origins=rows.origins, published=published)
@@ -88,7 +91,7 @@ def plan_duplicates(runtime: Runtime, markers: Sequence[Marker], settled: Sequen
 
 
 def _features_recipe(config: DuplicatesConfig) -> str:
-    settings = config.model_dump(include={"threshold", "num_permutations", "shingle_words", "seed"})
+    settings = config.model_dump(include={"threshold", "num_permutations", "shingle_words", "seed", "images"})
     return digest_of(FEATURES_VERSION, settings)
 
 
@@ -96,14 +99,21 @@ def _published_path(workspace: Workspace, shard: str) -> Path:
     return workspace.root / "stages" / DUPLICATES / f"{shard}.published"
 
 
-def _feature_file(runtime: Runtime, marker: Marker) -> Path:
+def _pictures(runtime: Runtime, markers: Sequence[Marker]) -> Pictures:
+    """Returns the images of some shards, clustered; none if files are all that is compared."""
+    is_near = runtime.config.duplicates.images == "near"
+    return Pictures(runtime, runtime.workspace.root / "stages" / DUPLICATES, markers if is_near else [])
+
+
+def _feature_file(runtime: Runtime, marker: Marker, pictures: PictureNames) -> Path:
     """Returns the file of a shard's features, written first if it is not there under this digest."""
     config, workspace = runtime.config.duplicates, runtime.workspace
+    images = image_names(workspace.read_columns(marker.stage, marker.shard, ["images"])["images"])
     path = workspace.root / "stages" / DUPLICATES / f"{marker.shard}.features"
     earlier = _published_path(workspace, marker.shard)
-    digest = digest_of(_features_recipe(config), marker.output, stored_digest(earlier))
+    digest = digest_of(_features_recipe(config), marker.output, stored_digest(earlier), pictures.digest(images))
     if stored_digest(path) != digest:
-        features = features_of(workspace.read_rows(marker.stage, marker.shard), config)
+        features = features_of(workspace.read_rows(marker.stage, marker.shard), config, pictures)
         if earlier.exists():
             published = FeatureTable.open([earlier]).column("id_high")
             features = features.published(rows_with_keys(published, features.id_high))
@@ -134,13 +144,17 @@ def settle(runtime: Runtime, before: Sequence[Marker], markers: Sequence[Marker]
     """Records that the result of this stage is published. before: markers of the stage before, of the same shards."""
     workspace, config = runtime.workspace, runtime.config.duplicates
     recipe = _features_recipe(config)
+    unsettled = [marker for marker in before if marker.shard not in settled_shards(runtime, before)]
+    pictures = _pictures(runtime, unsettled)
     for marker in markers:
         path, digest = _published_path(workspace, marker.shard), digest_of(recipe, marker.output)
         if stored_digest(path) != digest:
-            features = features_of(workspace.read_rows(DUPLICATES, marker.shard), config)
+            features = features_of(workspace.read_rows(DUPLICATES, marker.shard), config, pictures.names)
             with replacing(path) as temporary:
                 write_features(temporary, features.published(np.arange(len(features))), digest)
-        path.with_suffix(".features").unlink(missing_ok=True)
+        for suffix in (".features", ".pictures"):
+            path.with_suffix(suffix).unlink(missing_ok=True)
+    pictures.settle()
     shards = {new.shard: [old.output, new.digest] for old, new in zip(before, markers, strict=True)}
     ledger = {"recipe": digest_of(recipe, config.model_dump()), "shards": shards}
     write_text(workspace.root / "stages" / DUPLICATES / LEDGER, json.dumps(ledger, sort_keys=True))

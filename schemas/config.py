@@ -106,6 +106,11 @@ class DuplicatesConfig(_Section):
 
     exact: bool = Field(True, description="Drop rows whose normalised images, question and choices are equal.")
     near: bool = Field(True, description="Drop near duplicates found by MinHash and verified by Jaccard.")
+    images: Literal["near", "bytes"] = Field(
+        "near",
+        description="Which images are one: `near` decodes each once and finds equal pixels and near copies "
+        "(recompressed, scaled); `bytes` compares stored files only.",
+    )
     threshold: float = Field(
         0.8, gt=0, le=1, description="Jaccard similarity of word shingles from which on rows are alike."
     )

@@ -22,6 +22,8 @@ from filters.images import (
     fingerprints,
     first_places,
     image_clusters,
+    is_same_picture,
+    looked_at_clusters,
     near_matches,
     near_pairs,
 )
@@ -343,16 +345,70 @@ def test_charts_that_differ_in_one_bar_stay_apart() -> None:
     assert clusters_of(images) == list(range(len(images)))
 
 
-def test_one_digit_in_a_page_of_text_is_not_seen() -> None:
-    """The stated limit: a sixteenth of the page hides it, and only equal pixels keep such pages apart."""
+def page_of_text(changed: str = "") -> Image.Image:
+    """Returns a page of numbers, one of them changed if asked."""
     page = Image.new("RGB", (800, 1100), "white")
     draw = ImageDraw.Draw(page)
-    for line in range(60):
-        draw.text((50, 50 + line * 16), f"line {line} of an invoice with {line * 7919 % 1000} words " * 3, fill=0)
-    other = page.copy()
-    ImageDraw.Draw(other).text((400, 1050), "7", fill=0)
-    assert same_picture(page, other)
-    assert clusters_of([encoded(page), encoded(other)], max_distance=None) == [0, 1]
+    for line in range(40):
+        numbers = [str(line * 137 + place * 7919) for place in range(10)]
+        draw.text((40, 40 + 25 * line), " ".join([changed if changed and line == 20 else "31", *numbers]), "black")
+    return page
+
+
+def looked_at(images: list[bytes], published: list[bool] | None = None) -> list[int]:
+    by_key = {f"{place:064x}": image for place, image in enumerate(images)}
+    table = fingerprints(by_key.__getitem__, list(by_key), num_workers=1)
+    mask = None if published is None else np.array(published)
+    found: list[int] = looked_at_clusters(table, by_key.__getitem__, published=mask).tolist()
+    return found
+
+
+def test_one_digit_in_a_page_of_text_is_seen_by_a_look_in_full() -> None:
+    """A sixteenth of the page hides it from the thumbnail."""
+    pages = [encoded(page_of_text()), encoded(page_of_text("37"))]
+    assert clusters_of(pages) == [0, 0]
+    assert clusters_of(pages, max_distance=None) == [0, 1]
+    assert looked_at(pages) == [0, 1]
+
+
+def test_a_look_in_full_knows_copies() -> None:
+    for image in (photo(1), page_of_text()):
+        assert is_same_picture(encoded(image), encoded(image, "BMP"))
+        assert is_same_picture(encoded(image), encoded(image, "JPEG", quality=85))
+    half = photo(1).resize((160, 120), Image.Resampling.LANCZOS)
+    assert is_same_picture(encoded(photo(1)), encoded(half))
+    assert not is_same_picture(encoded(photo(1)), encoded(photo(2)))
+
+
+def test_pages_that_are_kept_out_of_a_cluster_still_find_their_own_copies() -> None:
+    one, other = page_of_text(), page_of_text("37")
+    pages = [encoded(one), encoded(other), encoded(other, "JPEG", quality=90), encoded(other, "BMP")]
+    assert looked_at(pages) == [0, 1, 1, 1]
+    assert looked_at(pages, [False, False, True, False]) == [0, 2, 2, 2]
+
+
+def test_many_pages_of_one_form_stay_apart_and_equal_ones_together() -> None:
+    """More of them than there are rounds in which an image looks for another cluster."""
+    pages = [encoded(page_of_text(str(number))) for number in (37, 41, 52, 68, 73, 86, 94)]
+    copies = [encoded(page_of_text(str(number)), "BMP") for number in (86, 94)]
+    found = looked_at([*pages, *copies])
+    assert found[:7] == list(range(7))
+    assert found[7:] == [5, 6]
+
+
+def test_an_image_that_cannot_be_read_again_stays_alone() -> None:
+    images = {f"{place:064x}": encoded(photo(1), "JPEG", quality=90 - 10 * place) for place in range(2)}
+    table = fingerprints(images.__getitem__, list(images), num_workers=1)
+
+    def fails(sha256: str) -> bytes:
+        raise StorageError(f"{sha256} is gone")
+
+    assert looked_at_clusters(table, images.__getitem__).tolist() == [0, 0]
+    assert looked_at_clusters(table, fails).tolist() == [0, 1]
+
+
+def test_no_images_have_no_clusters() -> None:
+    assert looked_at([]) == []
 
 
 def test_blank_pictures_are_one_picture_if_colour_and_aspect_agree() -> None:

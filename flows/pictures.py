@@ -1,0 +1,94 @@
+"""Which images of a run are one picture: fingerprints by shard, clusters over all of them. Without Prefect.
+
+A shard's fingerprints are made once and lie beside its features (`{shard}.pictures`). Clusters are formed over the
+images of all shards in work and the representatives of all published ones (`pictures.published`), which stay
+representatives: so the names that published rows are compared by never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from corpus.storage import replacing
+from filters.features import PictureNames
+from filters.images import FingerprintTable, fingerprints, looked_at_clusters
+from flows.runtime import Runtime
+from flows.workspace import Marker, digest_of
+from schemas.errors import StorageError
+
+PUBLISHED = "pictures.published"
+FINGERPRINTS_VERSION = 1
+"""Raised when fingerprints are made in another way, so that stored ones are made again."""
+
+_DIGEST = b"digest"
+
+
+class Pictures:
+    """The images of some shards, clustered. names: by which rows are compared."""
+
+    def __init__(self, runtime: Runtime, folder: Path, markers: Sequence[Marker]) -> None:
+        """Reads the images of shards that are not in `folder` yet. Raises StorageError: the disk fails."""
+        self._path = folder / PUBLISHED
+        self._published = _read(self._path) or FingerprintTable.empty([])
+        tables = [_shard_fingerprints(runtime, folder, marker) for marker in markers]
+        self._table, num_published = _joined([self._published, *tables])
+        is_published = np.arange(len(self._table)) < num_published
+        num_workers = runtime.config.parallel_shards
+        self._representative = looked_at_clusters(
+            self._table, runtime.images.read, published=is_published, num_workers=num_workers
+        )
+        self.names = PictureNames.of(self._table, self._representative)
+
+    def settle(self) -> None:
+        """Keeps the representatives for later runs. Raises StorageError."""
+        places = np.unique(self._representative)
+        if len(places) > len(self._published):
+            with replacing(self._path) as temporary:
+                _write(temporary, self._table.take(places), "")
+
+
+def _shard_fingerprints(runtime: Runtime, folder: Path, marker: Marker) -> FingerprintTable:
+    """Returns the fingerprints of a shard's images, read and stored first if they are not there."""
+    path, digest = folder / f"{marker.shard}.pictures", digest_of(FINGERPRINTS_VERSION, marker.output)
+    held = _read(path, digest)
+    if held is None:
+        images = runtime.workspace.read_columns(marker.stage, marker.shard, ["images"])["images"]
+        names = pc.unique(pc.struct_field(pc.list_flatten(images), "sha256")).to_pylist()
+        held = fingerprints(runtime.images.read, sorted(names), num_workers=runtime.config.parallel_shards)
+        with replacing(path) as temporary:
+            _write(temporary, held, digest)
+    return held
+
+
+def _joined(tables: Sequence[FingerprintTable]) -> tuple[FingerprintTable, int]:
+    """Returns the images of all tables, each once at its first place; and how many the first table has."""
+    whole = FingerprintTable.concatenated(tables)
+    _, places = np.unique(whole.sha256s, return_index=True)
+    return whole.take(np.sort(places)), len(tables[0])
+
+
+def _write(path: Path, table: FingerprintTable, digest: str) -> None:
+    stored = table.to_table().replace_schema_metadata({_DIGEST: digest.encode()})
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, stored.schema) as writer:
+        writer.write_table(stored)
+
+
+def _read(path: Path, digest: str | None = None) -> FingerprintTable | None:
+    """Returns stored fingerprints; None if there are none, or under another digest. Raises StorageError: damaged."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowInvalid) as error:
+        if digest is not None:  # made again
+            return None
+        raise StorageError(f"cannot read {path}: {error}; delete it and run again") from error
+    if digest is not None and (table.schema.metadata or {}).get(_DIGEST) != digest.encode():
+        return None
+    return FingerprintTable.from_table(table)
