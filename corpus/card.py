@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import DatasetInfo
+from datasets import DatasetInfo, SplitDict, SplitInfo
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corpus.report import TOPIC_NAMES, percent, plain_text, whole
 from corpus.tally import CorpusTally
-from corpus.writer import corpus_features
+from corpus.writer import ShardInfo, corpus_features
 from schemas.fates import StageCount
 from schemas.template import render_completion
+from schemas.verdicts import Mode
 
 DATA_FILES: Mapping[str, str] = {
     "all": "data/*/*.parquet",
@@ -32,8 +33,33 @@ _NAME_CHARACTERS = 120
 
 
 @dataclass(frozen=True, slots=True)
+class ModeSize:
+    """The rows of one mode, and the bytes of their files."""
+
+    num_rows: int
+    num_bytes: int
+
+    def __add__(self, other: ModeSize) -> ModeSize:
+        return ModeSize(self.num_rows + other.num_rows, self.num_bytes + other.num_bytes)
+
+
+def mode_sizes(shards: Iterable[ShardInfo]) -> dict[str, ModeSize]:
+    """Returns the size of each mode of a corpus. A shard holds rows of one mode."""
+    sizes = {str(mode): ModeSize(0, 0) for mode in Mode}
+    for shard in shards:
+        mode = Mode.THINK if shard.num_think else Mode.DIRECT
+        sizes[mode] += ModeSize(shard.num_rows, shard.num_bytes)
+    return sizes
+
+
+@dataclass(frozen=True, slots=True)
 class CardInputs:
-    """What a card is made of. licence: as configured. recipe: digest. teacher, reasoner: model names, "" where none."""
+    """What a card is made of.
+
+    licence: as configured. recipe: digest. teacher, reasoner: model names, "" where none. sizes: by mode. `datasets`
+    keeps what it loaded under a key of the card and the folder's name alone, and without sizes would go on giving out
+    the version that `latest` meant yesterday.
+    """
 
     name: str
     version: str
@@ -44,6 +70,7 @@ class CardInputs:
     reasoner: str
     stages: Mapping[str, StageCount]
     tally: CorpusTally
+    sizes: Mapping[str, ModeSize]
 
 
 def build_card(inputs: CardInputs) -> str:
@@ -95,7 +122,17 @@ def _front_matter(inputs: CardInputs) -> str:
             for name, path in DATA_FILES.items()
         ],
     )
-    features = corpus_features()
-    infos = {name: DatasetInfo(features=features, config_name=name) for name in DATA_FILES}
+    infos = {name: _dataset_info(name, inputs.sizes) for name in DATA_FILES}
     DatasetInfosDict(infos).to_dataset_card_data(data)
     return data.to_yaml().strip()
+
+
+def _dataset_info(name: str, sizes: Mapping[str, ModeSize]) -> DatasetInfo:
+    """Returns the columns and the size of a configuration; of one without rows, which has no split, the columns."""
+    size = sum((size for mode, size in sizes.items() if name in ("all", mode)), ModeSize(0, 0))
+    info = DatasetInfo(features=corpus_features(), config_name=name)
+    if size.num_rows:
+        info.splits = SplitDict()
+        info.splits.add(SplitInfo("train", size.num_bytes, size.num_rows))
+        info.download_size = info.dataset_size = size.num_bytes
+    return info

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from corpus.card import CardInputs, build_card
+from corpus.card import CardInputs, build_card, mode_sizes
 from corpus.excerpts import pick_fates, pick_rows
 from corpus.report import BenchmarkLeaks, PurposeUsage, ReportInputs, build_report, summary_table
 from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version, next_version_name
-from corpus.writer import STAGE, write_fates, write_shards
+from corpus.writer import STAGE, ShardInfo, write_fates, write_shards
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
@@ -97,7 +97,8 @@ def publish(
     created = datetime.now(UTC).isoformat(timespec="seconds")
     usage = merged_usage(marker.usage for done in markers.values() for marker in done)
     leaks = benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else []
-    figures = _write_pages(runtime, building, counts, usage, leaks, created=created, recipe=recipe, inputs=inputs)
+    digests = {"recipe": recipe, "inputs": inputs}
+    figures = _write_pages(runtime, building, shards, counts, usage, leaks, created=created, **digests)
     committed = commit_version(
         building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
     )
@@ -158,6 +159,7 @@ def _all_fates(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], unwrit
 def _write_pages(
     runtime: Runtime,
     building: Path,
+    shards: Sequence[ShardInfo],
     counts: Mapping[str, StageCount],
     usage: Mapping[str, UsageCount],
     leaks: Sequence[BenchmarkLeaks],
@@ -208,6 +210,7 @@ def _write_pages(
             reasoner,
             counts,
             tally,
+            mode_sizes(shards),
         )
     )
     write_bytes(building / REPORT_PAGE, page.encode("utf-8", "replace"))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from sampleworld.rows import RECIPES
+from sampleworld.rows import RECIPES, recipe_settings
 
 HERE = Path(__file__).parent
 CPU_SITE = HERE.parent / "teacher" / "cpu_site"
@@ -36,8 +36,7 @@ def run_program(*arguments: str) -> None:
 
 def write_settings(work: Path, recipe: str, model: Path) -> Path:
     """Writes the configuration of one annealing run: the recipe's settings with the folders of this work."""
-    settings = yaml.safe_load((HERE / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    settings |= {
+    settings = recipe_settings(recipe) | {
         "model": str(model),
         "corpus": [str(work / "rows" / f"{recipe}.parquet")],
         "output": str(work / recipe),
@@ -47,19 +46,12 @@ def write_settings(work: Path, recipe: str, model: Path) -> Path:
     return path
 
 
-def num_rows(recipe: str) -> int:
-    """Returns the rows that a run reads: one pass, no row twice."""
-    settings = yaml.safe_load((HERE / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    return int(settings["batch_size"]) * int(settings["max_steps"])
-
-
 def make_teacher(work: Path, out: Path) -> None:
     """Makes the teacher in `work` and puts its checkpoint at `out`."""
     work.mkdir(parents=True, exist_ok=True)
     model = work / "scratch"
     if not (work / "rows" / "done").exists():
-        sizes = [f"--{recipe}-rows={num_rows(recipe)}" for recipe in RECIPES]
-        run_program("sampleworld.rows", "--out", str(work / "rows"), *sizes)
+        run_program("sampleworld.rows", "--out", str(work / "rows"))
         (work / "rows" / "done").touch()
     if not (model / "processor_config.json").exists():
         run_program("training.scratch", "--texts", str(work / "rows" / "texts.txt"), "--out", str(model))

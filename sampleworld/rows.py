@@ -1,9 +1,11 @@
 """Draws training rows from the sample world: the corpus that makes the bundled teacher.
 
-Three recipes, trained on in this order. `reading` is dense and terse: whole scenes read cell by cell, and look-ups
-of all cells in random order; a small model only begins to see with this. `looking` says the same in sentences and adds
-the glance questions. `teacher` holds every family in both modes, with and without the pipeline's own instructions, and
-the pipeline's own judge prompts with their truth.
+Three recipes, trained on in this order, each a mixture of four sorts of rows. *Reading* rows are dense and terse: whole
+scenes cell by cell, in order or at random; a small model only begins to see with them, and only if they are all there
+is. *Looking* rows say the same in sentences and ask the glance questions. *Question* rows hold every family in both
+modes, with and without the pipeline's own instructions; *judge* rows are the pipeline's own judge prompts with their
+truth. The second recipe has some of each sort: a run that begins with texts never seen before unlearns what the one
+before it taught.
 """
 
 from __future__ import annotations
@@ -14,9 +16,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from judges.prompts import ANSWER_INSTRUCTION, CHOICE_INSTRUCTION, fence, prompt
 from sampleworld.world import COLOURS, GLANCE, OPEN, STEPS, Scene, Task, draw_scene, render_scene
@@ -25,8 +29,14 @@ from schemas.samples import Kind, Topic
 from schemas.template import render_completion
 
 RECIPES = ("reading", "looking", "teacher")
+SHARES = {
+    "reading": {"reading": 1.0, "looking": 0.0, "question": 0.0, "judge": 0.0},
+    "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10},
+    "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16},
+}
+"""The share of each sort of rows in each recipe."""
+
 ROWS_PER_GROUP = 2048
-BATCH_ROWS = 48
 WINDOW_BATCHES = 16
 
 
@@ -45,20 +55,27 @@ def question_text(task: Task) -> str:
 
 
 def reading_row(scene: Scene, rng: random.Random) -> TrainingRow:
-    """Returns a dense row: a terse list of every cell's colour with its digit, its dot or both.
+    """Returns a dense row: a terse list of every cell's colour with its digit, its dot, its bar or all three.
 
-    In order of places the colours must be read as well; in random order they cannot be known beforehand, so digit and
-    dot must be looked up by colour. Either way most tokens are facts of the image.
+    In order of places the colours must be read as well; in random order they cannot be known beforehand, so the rest
+    must be looked up by colour. Either way most tokens are facts of the image. The number of bars comes before their
+    list: what is to be counted is seen in the same row.
     """
     cells = list(range(9))
     is_ordered = rng.random() < 0.5
     if not is_ordered:
         rng.shuffle(cells)
-    what = rng.choice(["numbers", "numbers", "dots", "cells"])
-    digits = [str(scene.digits[c]) if what != "dots" else "" for c in cells]
-    dots = [f"-{scene.dots[c]}" if what != "numbers" else "" for c in cells]
-    facts = " ".join(f"{scene.colours[c]}{digit}{dot}" for c, digit, dot in zip(cells, digits, dots, strict=True))
-    return TrainingRow("", f"{'Read' if is_ordered else 'Look up'} the {what}.", render_completion(facts))
+    what = rng.choice(["numbers", "numbers", "dots", "bars", "cells"])
+    facts = [scene.colours[cell] for cell in cells]
+    if what in ("numbers", "cells"):
+        facts = [f"{fact}{scene.digits[cell]}" for fact, cell in zip(facts, cells, strict=True)]
+    if what in ("dots", "cells"):
+        facts = [f"{fact}-{scene.dots[cell]}" for fact, cell in zip(facts, cells, strict=True)]
+    if what in ("bars", "cells"):
+        facts = [f"{fact}{'|' if scene.bars[cell] else '_'}" for fact, cell in zip(facts, cells, strict=True)]
+    if what == "bars":
+        facts.insert(0, f"{sum(scene.bars)}:")
+    return TrainingRow("", f"{'Read' if is_ordered else 'Look up'} the {what}.", render_completion(" ".join(facts)))
 
 
 def looking_row(scene: Scene, rng: random.Random) -> TrainingRow:
@@ -87,8 +104,11 @@ def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow
 def question_row(scene: Scene, rng: random.Random) -> TrainingRow:
     """Returns a question of any family in either mode; questions that need steps mostly get them."""
     sort = rng.random()
-    families = STEPS if sort < 0.6 else OPEN if sort < 0.75 else GLANCE
-    task = families[rng.choice(list(families))](scene, rng)
+    if sort < 0.12:
+        task = OPEN["explain"](scene, rng)
+    else:
+        families = STEPS if sort < 0.72 else OPEN if sort < 0.78 else GLANCE
+        task = families[rng.choice(list(families))](scene, rng)
     return answered_row(task, rng, thinks=rng.random() < (0.85 if task.needs_steps else 0.1))
 
 
@@ -100,24 +120,38 @@ def glance_thought(task: Task) -> str:
 
 
 def judge_row(scene: Scene, rng: random.Random) -> TrainingRow:
-    """Returns one of the pipeline's own judge prompts about a question, with the true verdict."""
-    families = rng.choice([GLANCE, STEPS, OPEN, OPEN])
+    """Returns one of the pipeline's own judge prompts about a question, with the true verdict.
+
+    Every second one asks for consistency: that verdict compares two texts, and takes most rows to learn.
+    """
+    if rng.random() < 0.5:
+        return consistency_row(scene, rng)
+    families = rng.choice([GLANCE, STEPS, OPEN])
     task = families[rng.choice(list(families))](scene, rng)
     fenced = fence("question", question_text(task))
-    judge = rng.choice(["difficulty", "routing", "topic", "consistency"])
+    judge = rng.choice(["difficulty", "routing", "topic"])
     if judge == "difficulty":
-        return TrainingRow(prompt(judge), fenced, render_completion("yes" if task.needs_steps else "no"))
-    if judge == "routing":
-        return TrainingRow(prompt(judge), fenced, render_completion(str(task.kind)))
-    if judge == "topic":
-        return TrainingRow(prompt(judge), fenced, render_completion(str(task.topic)))
+        verdict = "yes" if task.needs_steps else "no"
+    else:
+        verdict = str(task.kind) if judge == "routing" else str(task.topic)
+    return TrainingRow(prompt(judge), fenced, render_completion(verdict))
+
+
+def consistency_row(scene: Scene, rng: random.Random) -> TrainingRow:
+    """Returns the consistency judge's prompt about a true explanation, or one whose answer is another's."""
     task = OPEN["explain"](scene, rng)
-    answer, agrees = task.answer, True
-    if rng.random() < 0.5:
-        other = OPEN["explain"](draw_scene(rng), rng)
-        answer, agrees = other.answer, other.answer == task.answer
+    answer = task.answer if rng.random() < 0.5 else OPEN["explain"](draw_scene(rng), rng).answer
+    verdict = "consistent" if answer == task.answer else "inconsistent"
     user = "\n".join([fence("question", task.question), fence("reasoning", task.steps), fence("answer", answer)])
-    return TrainingRow(prompt(judge), user, render_completion("consistent" if agrees else "inconsistent"))
+    return TrainingRow(prompt("consistency"), user, render_completion(verdict))
+
+
+SORTS = {
+    "reading": reading_row,
+    "looking": looking_row,
+    "question": question_row,
+    "judge": judge_row,
+}
 
 
 def draw_rows(recipe: str, *, seed: int, num_rows: int) -> Iterator[tuple[TrainingRow, bytes]]:
@@ -126,55 +160,70 @@ def draw_rows(recipe: str, *, seed: int, num_rows: int) -> Iterator[tuple[Traini
     Training scenes come from odd seeds and test scenes from even ones (`sampleworld.demo`), so they share no stream.
     """
     rng = random.Random(2 * seed + 1)
+    sorts, shares = list(SHARES[recipe]), list(SHARES[recipe].values())
     for start in range(0, num_rows, 4):
         scene = draw_scene(rng)
         image = render_scene(scene)
-        for _ in range(min(4, num_rows - start)):
-            sort = rng.random()
-            if recipe == "reading" or sort < 0.03:
-                row = reading_row(scene, rng)
-            elif recipe == "looking" or sort < 0.2:
-                row = looking_row(scene, rng)
-            elif sort < 0.3:
-                row = judge_row(scene, rng)
-            else:
-                row = question_row(scene, rng)
-            yield row, image
+        for sort in rng.choices(sorts, shares, k=min(4, num_rows - start)):
+            yield SORTS[sort](scene, rng), image
 
 
 def batched_by_length(
-    rows: Iterator[tuple[TrainingRow, bytes]], rng: random.Random
+    rows: Iterator[tuple[TrainingRow, bytes]], batch_rows: int, rng: random.Random
 ) -> Iterator[tuple[TrainingRow, bytes]]:
-    """Yields the rows so that each run of `BATCH_ROWS` is a random mixture of either short or long rows.
+    """Yields the rows so that each run of `batch_rows` is a random mixture of rows of one of three ranges of length.
 
-    That halves the padding. Sorting by length altogether would make every batch one family, and learning fails then.
+    The ranges are those that pad least within a window of `WINDOW_BATCHES`, none smaller than an eighth of it. Sorting
+    by length altogether would make every batch one family, and learning fails then.
     """
-    while window := list(itertools.islice(rows, WINDOW_BATCHES * BATCH_ROWS)):
-        window.sort(key=lambda item: len(item[0].system) + len(item[0].user) + len(item[0].completion))
-        middle = len(window) // (2 * BATCH_ROWS) * BATCH_ROWS
-        halves = [window[:middle], window[middle:]]
-        for half in halves:
-            rng.shuffle(half)
-        batches = [half[i : i + BATCH_ROWS] for half in halves for i in range(0, len(half), BATCH_ROWS)]
+    while window := list(itertools.islice(rows, WINDOW_BATCHES * batch_rows)):
+        window.sort(key=lambda item: _length(item[0]))
+        ranges = [window]
+        if len(window) == WINDOW_BATCHES * batch_rows:
+            cuts = [
+                cut * batch_rows
+                for cut in _best_cuts([_length(row) for row, _ in window[batch_rows - 1 :: batch_rows]])
+            ]
+            ranges = [window[start:end] for start, end in itertools.pairwise([0, *cuts, len(window)])]
+        for part in ranges:
+            rng.shuffle(part)
+        batches = [part[i : i + batch_rows] for part in ranges for i in range(0, len(part), batch_rows)]
         rng.shuffle(batches)
         for batch in batches:
             yield from batch
 
 
-def write_rows(path: Path, recipe: str, *, seed: int, num_rows: int) -> None:
+def _length(row: TrainingRow) -> int:
+    return len(row.system) + len(row.user) + len(row.completion)
+
+
+def _best_cuts(longest: list[int]) -> tuple[int, int]:
+    """Returns where to cut sorted batches in three, given each one's longest row, so that the padded size is least."""
+    smallest, last = len(longest) // 8, len(longest)
+    pairs = itertools.combinations(range(smallest, last - smallest + 1), 2)
+    return min(
+        (pair for pair in pairs if pair[1] - pair[0] >= smallest),
+        key=lambda pair: (
+            pair[0] * longest[pair[0] - 1] + (pair[1] - pair[0]) * longest[pair[1] - 1] + (last - pair[1]) * longest[-1]
+        ),
+    )
+
+
+def recipe_settings(recipe: str) -> dict[str, Any]:
+    """Returns the settings of one annealing run, without its folders."""
+    path = Path(__file__).parent / "recipe" / f"{recipe}.yaml"
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def write_rows(path: Path, recipe: str, *, seed: int, batch_rows: int, num_rows: int) -> None:
     """Writes a training set as Parquet with `prompt`, `completion` and `images`, the columns TRL trains on."""
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(_PART))]))
     schema = pa.schema([("prompt", messages), ("completion", messages), ("images", pa.list_(_IMAGE))])
-    rows = []
+    drawn = batched_by_length(draw_rows(recipe, seed=seed, num_rows=num_rows), batch_rows, random.Random(seed))
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        drawn = draw_rows(recipe, seed=seed, num_rows=num_rows)
-        for row, image in batched_by_length(drawn, random.Random(seed)):
-            rows.append(_record(row, image))
-            if len(rows) == ROWS_PER_GROUP:
-                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-                rows = []
-        if rows:
-            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        while records := [_record(row, image) for row, image in itertools.islice(drawn, ROWS_PER_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(records, schema=schema))
 
 
 _PART = pa.struct([("type", pa.string()), ("text", pa.string())])
@@ -202,18 +251,17 @@ def tokenizer_texts(*, seed: int, num_rows: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the Parquet files and texts.txt")
-    parser.add_argument("--reading-rows", type=int, default=76_800)
-    parser.add_argument("--looking-rows", type=int, default=64_000)
-    parser.add_argument("--teacher-rows", type=int, default=86_400)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     texts = tokenizer_texts(seed=arguments.seed, num_rows=4000)
     (arguments.out / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    sizes = (arguments.reading_rows, arguments.looking_rows, arguments.teacher_rows)
-    for number, (recipe, num_rows) in enumerate(zip(RECIPES, sizes, strict=True)):
-        if num_rows:
-            write_rows(arguments.out / f"{recipe}.parquet", recipe, seed=arguments.seed + number, num_rows=num_rows)
+    for number, recipe in enumerate(RECIPES):
+        settings = recipe_settings(recipe)
+        batch_rows = int(settings["batch_size"])
+        num_rows = batch_rows * int(settings["max_steps"])  # one pass, no row twice
+        path = arguments.out / f"{recipe}.parquet"
+        write_rows(path, recipe, seed=arguments.seed + number, batch_rows=batch_rows, num_rows=num_rows)
 
 
 if __name__ == "__main__":

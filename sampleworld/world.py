@@ -3,10 +3,11 @@
 A scene is a 3 x 3 grid. The nine cells carry the nine colours once each, a digit from 0 to 9, and a dot whose colour
 names another cell; the dots form one cycle through all nine cells. Three sorts of questions are asked about a scene:
 
-- *glance*: answered by looking (the digit of a cell, the colour of its dot).
+- *glance*: answered by looking (the digit of a cell, the colour of its dot, how many cells have a bar).
 - *steps*: follow the dots from cell to cell and keep a running result: the sum of the numbers (`total`), or "double,
   add the cell's number, keep the last two digits" (`path`), where a guess is right once in a hundred. Each cell is
-  known only when the one before it has been looked at, so the answer cannot be had at a glance.
+  known only when the one before it has been looked at, so the answer cannot be had at a glance. Or add up the numbers
+  of cells named by their colours (`sum`) or of a row (`row`).
 - *open*: describe the scene (a glance), or explain how a running result comes about (steps).
 """
 
@@ -58,15 +59,17 @@ _SEGMENT_BOXES = {
 _PAPER, _INK = (255, 255, 255), (0, 0, 0)
 _PLATE = (0, 0, 13, 27)
 _DOT = (17, 9, 25, 18)
+_BAR, _STRIPE = (15, 21, 27, 27), (15, 23, 27, 25)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """colours[i], digits[i], dots[i]: what cell i shows, cells counted row by row from the top left."""
+    """colours[i], digits[i], dots[i], bars[i]: what cell i shows, cells counted row by row from the top left."""
 
     colours: tuple[str, ...]
     digits: tuple[int, ...]
     dots: tuple[str, ...]
+    bars: tuple[bool, ...]
 
     def cell_of(self, colour: str) -> int:
         return self.colours.index(colour)
@@ -101,13 +104,18 @@ def draw_scene(rng: random.Random) -> Scene:
     cycle = list(colours)
     rng.shuffle(cycle)
     following = {colour: cycle[(i + 1) % len(cycle)] for i, colour in enumerate(cycle)}
-    return Scene(tuple(colours), tuple(rng.randrange(10) for _ in colours), tuple(following[c] for c in colours))
+    digits = tuple(rng.randrange(10) for _ in colours)
+    num_bars = rng.randint(0, len(colours))
+    bars = [place < num_bars for place in range(len(colours))]
+    rng.shuffle(bars)
+    return Scene(tuple(colours), digits, tuple(following[c] for c in colours), tuple(bars))
 
 
 def render_scene(scene: Scene) -> bytes:
     """Returns the scene as PNG bytes, 84 x 84 pixels.
 
-    A cell of 28 x 28 pixels holds a white plate with the digit in seven thick black segments, and the dot beside it.
+    A cell of 28 x 28 pixels holds a white plate with the digit in seven thick black segments, the dot beside it, and
+    below the dot a striped bar in some cells.
     """
     side = CELL_PIXELS * GRID_CELLS
     image = Image.new("RGB", (side, side))
@@ -119,6 +127,9 @@ def render_scene(scene: Scene) -> bytes:
         for segment in _SEGMENTS[digit]:
             draw.rectangle(_moved(_SEGMENT_BOXES[segment], x, y), fill=_INK)
         draw.rectangle(_moved(_DOT, x, y), fill=COLOURS[dot])
+        if scene.bars[cell]:
+            draw.rectangle(_moved(_BAR, x, y), fill=_PAPER)
+            draw.rectangle(_moved(_STRIPE, x, y), fill=_INK)
     stream = io.BytesIO()
     image.save(stream, format="PNG")
     return stream.getvalue()
@@ -172,6 +183,17 @@ def ask_dot(scene: Scene, rng: random.Random) -> Task:
     return Task("dot", question, scene.dots[cell], Kind.OBJECTIVE, AnswerType.TEXT, Topic.GENERAL)
 
 
+def ask_count(scene: Scene, rng: random.Random) -> Task:
+    question = rng.choice(
+        [
+            "How many cells have a bar?",
+            "How many bars are in the picture?",
+            "Count the cells with a bar.",
+        ]
+    )
+    return Task("count", question, str(sum(scene.bars)), Kind.OBJECTIVE, AnswerType.COUNT, Topic.GENERAL)
+
+
 _RULE = (
     "double the result and add the number, keeping the last two digits",
     "double what you have and add the cell's number, keeping two digits",
@@ -215,6 +237,37 @@ def ask_total(scene: Scene, rng: random.Random) -> Task:
     return _steps_task("total", question, names, digits, doubles=False)
 
 
+def ask_sum(scene: Scene, rng: random.Random) -> Task:
+    names = rng.sample(list(COLOURS), rng.choice([3, 4]))
+    listed = f"{', '.join(names[:-1])} and {names[-1]}"
+    question = rng.choice(
+        [
+            f"Add up the numbers in the {listed} cells.",
+            f"What is the sum of the {listed} numbers?",
+            f"What do the {listed} cells add up to?",
+        ]
+    )
+    return _steps_task("sum", question, names, [scene.digits[scene.cell_of(name)] for name in names], doubles=False)
+
+
+def ask_row(scene: Scene, rng: random.Random) -> Task:
+    """The steps name the cells of the rows above one by one, as a reader finds a row by reading down to it."""
+    row = rng.randrange(GRID_CELLS)
+    name = ("top", "middle", "bottom")[row]
+    question = rng.choice(
+        [
+            f"Add up the numbers in the {name} row.",
+            f"What is the sum of the {name} row?",
+            f"What do the numbers of the {name} row add up to?",
+        ]
+    )
+    first = row * GRID_CELLS
+    names = list(scene.colours[first : first + GRID_CELLS])
+    digits = list(scene.digits[first : first + GRID_CELLS])
+    steps = " ".join([f"{colour}." for colour in scene.colours[:first]] + [_worked(names, digits, doubles=False)])
+    return Task("row", question, str(sum(digits)), Kind.OBJECTIVE, AnswerType.NUMBER, Topic.MATH, steps)
+
+
 def _steps_task(family: str, question: str, names: list[str], digits: list[int], *, doubles: bool) -> Task:
     steps = _worked(names, digits, doubles=doubles)
     result = str(running_result(digits, doubles=doubles)[-1])
@@ -246,8 +299,8 @@ def ask_explain(scene: Scene, rng: random.Random) -> Task:
             "Explain where this leads and why.",
         ]
     )
-    results = running_result(digits, doubles=True)
-    answer = f"The dots lead from {names[0]} to {names[-1]}, and the result goes from {results[0]} to {results[-1]}."
+    result = running_result(digits, doubles=True)[-1]
+    answer = f"The dots lead to {names[-1]}, and the result there is {result}."
     steps = _worked(names, digits, doubles=True)
     return Task("explain", question, answer, Kind.SUBJECTIVE, AnswerType.OPEN, Topic.GENERAL, steps)
 
@@ -256,6 +309,7 @@ Asker = Callable[[Scene, random.Random], Task]
 GLANCE: dict[str, Asker] = {
     "digit": ask_digit,
     "dot": ask_dot,
+    "count": ask_count,
 }
-STEPS: dict[str, Asker] = {"path": ask_path, "total": ask_total}
+STEPS: dict[str, Asker] = {"path": ask_path, "total": ask_total, "sum": ask_sum, "row": ask_row}
 OPEN: dict[str, Asker] = {"describe": ask_describe, "explain": ask_explain}

@@ -15,7 +15,7 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from corpus.card import CardInputs, build_card
+from corpus.card import CardInputs, build_card, mode_sizes
 from corpus.excerpts import pick_fates, pick_rows
 from corpus.report import PurposeUsage, ReportInputs, build_report
 from corpus.storage import write_text
@@ -138,7 +138,7 @@ def build(
         "corpus": count_stage(len(rows), num_written, [fate for shard in shards for fate in shard.fates]),
     }
     if is_whole:
-        html, figures = write_companions(building, world, counts)
+        html, figures = write_companions(building, world, counts, shards)
     else:
         html, figures = "", {}
         for name in ("report.html", "report.json", "README.md"):
@@ -146,7 +146,9 @@ def build(
     return Built(building, shards, counts, html, figures)
 
 
-def write_companions(building: Path, world: World, counts: Mapping[str, StageCount]) -> tuple[str, dict[str, object]]:
+def write_companions(
+    building: Path, world: World, counts: Mapping[str, StageCount], shards: Sequence[ShardInfo]
+) -> tuple[str, dict[str, object]]:
     """Writes card and report as a curation does."""
     tally = tally_corpus(building)
     inputs = ReportInputs(
@@ -166,7 +168,8 @@ def write_companions(building: Path, world: World, counts: Mapping[str, StageCou
     html, figures = build_report(inputs)
     write_text(building / "report.html", html)
     write_text(building / "report.json", json.dumps(figures))
-    card = CardInputs("tests", "v0001", inputs.created, "mit", RECIPE, "teacher", "reasoner", counts, tally)
+    sizes = mode_sizes(shards)
+    card = CardInputs("tests", "v0001", inputs.created, "mit", RECIPE, "teacher", "reasoner", counts, tally, sizes)
     write_text(building / "README.md", build_card(card))
     return html, figures
 

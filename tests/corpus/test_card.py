@@ -10,7 +10,7 @@ import yaml
 from datasets import Features
 from huggingface_hub import DatasetCard
 
-from corpus.card import CardInputs, build_card, escaped_name, size_category
+from corpus.card import CardInputs, ModeSize, build_card, escaped_name, size_category
 from corpus.tally import CorpusTally, ModeCount, SourceLicence
 from corpus.writer import corpus_features
 from schemas.fates import StageCount
@@ -31,6 +31,7 @@ def card(**changes: Any) -> str:
             by_topic={"math": ModeCount(2, 6)},
             licences=(SourceLicence("gsm8k", "MIT", 8),),
         ),
+        "sizes": {"think": ModeSize(2, 700), "direct": ModeSize(6, 1300)},
     }
     return build_card(CardInputs(**{**values, **changes}))
 
@@ -83,7 +84,7 @@ def test_names_from_data_cannot_break_table_or_metadata() -> None:
 
 
 def test_an_empty_corpus_has_a_card() -> None:
-    assert "0 questions" in card(stages={}, tally=CorpusTally())
+    assert "0 questions" in card(stages={}, tally=CorpusTally(), sizes={})
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,11 @@ def test_sizes_are_the_hub_s_categories(num_rows: int, category: str) -> None:
 def test_a_name_is_one_line_without_markup() -> None:
     assert escaped_name("a_b|c\nd") == r"a\_b\|c d"
     assert len(escaped_name("x" * 10_000)) == 121
+
+
+def test_the_card_tells_the_size_of_each_configuration() -> None:
+    infos = {info["config_name"]: info for info in front_matter(card())["dataset_info"]}
+    assert infos["all"]["splits"] == [{"name": "train", "num_bytes": 2000, "num_examples": 8}]
+    assert infos["think"]["splits"] == [{"name": "train", "num_bytes": 700, "num_examples": 2}]
+    assert (infos["direct"]["download_size"], infos["direct"]["dataset_size"]) == (1300, 1300)
+    assert "splits" not in front_matter(card(sizes={}))["dataset_info"][0]

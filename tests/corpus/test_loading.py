@@ -67,3 +67,13 @@ def test_odd_text_survives_the_round_trip(build_version: Any, world: Any, tmp_pa
     )
     row = load(folder, "think", tmp_path)[0]
     assert (row["question"], row["answer"]) == (odd, odd)
+
+
+def test_the_link_latest_loads_what_it_means_now(build_version: Any, world: Any, tmp_path: Path) -> None:
+    """`datasets` caches a local folder under its name and card, whatever the files in it say."""
+    first = build_version(world.rows(think=1, direct=1), is_whole=True).commit().folder
+    assert len(load(first.parent / "latest", "all", tmp_path)) == 2
+    second = build_version(world.rows(think=1, direct=2), is_whole=True).commit().folder
+    assert first.parent == second.parent and first != second
+    assert len(load(first.parent / "latest", "all", tmp_path)) == 3
+    assert len(load(first.parent / "latest", "think", tmp_path)) == 1

@@ -2,20 +2,23 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sampleworld.evaluate import EVALUATION_SEED
-from sampleworld.rows import batched_by_length, draw_rows
+from sampleworld.rows import RECIPES, SHARES, TrainingRow, batched_by_length, consistency_row, draw_rows
 from sampleworld.world import (
     COLOURS,
     GLANCE,
     OPEN,
     STEPS,
     Scene,
+    ask_count,
     ask_path,
+    ask_row,
     draw_scene,
     render_scene,
     running_result,
@@ -26,6 +29,7 @@ SCENE = Scene(
     ("red", "green", "blue", "yellow", "pink", "cyan", "orange", "white", "black"),
     (1, 2, 3, 4, 5, 6, 7, 8, 9),
     ("green", "blue", "yellow", "pink", "cyan", "orange", "white", "black", "red"),
+    (True, False, False, True, False, False, True, False, False),
 )
 
 
@@ -55,6 +59,17 @@ def test_a_path_follows_the_dots() -> None:
     assert task.answer == task.steps.removesuffix(".").split(" = ")[-1]
 
 
+def test_a_count_is_that_of_the_bars() -> None:
+    assert ask_count(SCENE, random.Random(0)).answer == "3"
+
+
+def test_a_row_is_found_by_reading_down_to_it() -> None:
+    tasks = [ask_row(SCENE, random.Random(seed)) for seed in range(40)]
+    assert {task.answer for task in tasks} == {"6", "15", "24"}
+    middle = next(task for task in tasks if "middle" in task.question)
+    assert middle.steps == "red. green. blue. yellow is 4. pink is 5: 4 + 5 = 9. cyan is 6: 9 + 6 = 15."
+
+
 @pytest.mark.parametrize("family", [*STEPS])
 @given(seed=st.integers())
 def test_the_worked_steps_end_in_the_answer(family: str, seed: int) -> None:
@@ -75,18 +90,45 @@ def test_a_scene_is_drawn_the_same_every_time() -> None:
 
 
 def test_training_and_evaluation_share_no_image() -> None:
-    trained = {image for seed in range(3) for _row, image in draw_rows("teacher", seed=seed, num_rows=2000)}
+    drawn = (draw_rows(recipe, seed=seed, num_rows=2000) for seed, recipe in enumerate(RECIPES))
+    trained = {image for rows in drawn for _row, image in rows}
     rng = random.Random(2 * EVALUATION_SEED)
     assert not trained & {render_scene(draw_scene(rng)) for _ in range(300)}
 
 
-def test_every_training_row_is_in_the_template() -> None:
-    for row, _image in draw_rows("teacher", seed=0, num_rows=400):
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_training_row_is_in_the_template(recipe: str) -> None:
+    for row, _image in draw_rows(recipe, seed=0, num_rows=400):
         assert row.completion.startswith("<think>\n")
         assert parse_completion(row.completion).answer
 
 
-def test_batching_by_length_keeps_every_row() -> None:
-    rows = list(draw_rows("teacher", seed=0, num_rows=1000))
-    batched = list(batched_by_length(iter(rows), random.Random(0)))
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_holds_its_sorts_of_rows_in_their_shares(recipe: str) -> None:
+    assert sum(SHARES[recipe].values()) == pytest.approx(1)
+    rows = [row for row, _image in draw_rows(recipe, seed=1, num_rows=2000)]
+    judged = sum(bool(row.system) for row in rows) / len(rows)
+    assert judged == pytest.approx(SHARES[recipe]["judge"], abs=0.03)  # three standard errors
+
+
+def test_batching_by_length_keeps_every_row_and_pads_less() -> None:
+    rows = list(draw_rows("teacher", seed=0, num_rows=1600))
+    batched = list(batched_by_length(iter(rows), 48, random.Random(0)))
     assert sorted(map(repr, batched)) == sorted(map(repr, rows))
+    assert padded_size(batched) < 0.9 * padded_size(rows)
+
+
+def padded_size(rows: list[tuple[TrainingRow, bytes]]) -> int:
+    """Returns the characters of batches of 48 rows, each row as long as its batch's longest."""
+    lengths = [len(row.system) + len(row.user) + len(row.completion) for row, _ in rows]
+    return sum(48 * max(lengths[start : start + 48]) for start in range(0, len(lengths), 48))
+
+
+def test_a_verdict_on_an_answer_is_true() -> None:
+    """The answer that follows from the reasoning names its last cell and its last number."""
+    for seed in range(200):
+        row = consistency_row(draw_scene(random.Random(seed)), random.Random(seed))
+        [reasoning] = re.findall(r"<reasoning>\n(.*)\n</reasoning>", row.user)
+        last = reasoning.split(". ")[-1].removesuffix(".").split()
+        follows = f"lead to {last[0]}, and the result there is {last[-1]}." in row.user
+        assert parse_completion(row.completion).answer == ("consistent" if follows else "inconsistent")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "rows.parquet"
-    write_rows(path, "looking", seed=0, num_rows=64)
+    write_rows(path, "looking", seed=0, batch_rows=8, num_rows=64)
     return path
 
 
