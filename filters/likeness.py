@@ -66,8 +66,9 @@ def _compare_pairs(words, offsets, other, other_offsets, pairs, threshold, size,
             out[place] = -1.0
             continue
         empty_table(scratch)
-        num = _count_words(words, offsets[one], offsets[one + 1], fillers, scratch, 0, places)
-        num_other = _count_words(words, offsets[two], offsets[two + 1], fillers, scratch, 1, other_places)
+        first, second = words[offsets[one] : offsets[one + 1]], words[offsets[two] : offsets[two + 1]]
+        num = _count_words(first, fillers, scratch.keys, scratch.stamps, scratch.marks, 0, places)
+        num_other = _count_words(second, fillers, scratch.keys, scratch.stamps, scratch.marks, 1, other_places)
         out[place] = found if _is_same_order(places[:num], other_places[:num_other], scratch.marks) else -1.0
 
 
@@ -88,16 +89,16 @@ def _jaccard(words, offsets, other, other_offsets, one, two, size, scratch):  # 
 
 
 @numba.njit(cache=True, nogil=True)
-def _count_words(words, start, end, fillers, scratch, side, places):  # type: ignore[no-untyped-def]
+def _count_words(words, fillers, keys, stamps, marks, side, places):  # type: ignore[no-untyped-def]
     """Counts in marks[:, side] the words that are no fillers, writes their slots in order; returns their number."""
-    num = 0
-    for word in words[start:end]:
+    num, use = 0, stamps[-1]
+    for word in words:
         place = word % np.uint64(_FILLER_SLOTS)
         while fillers[place] and fillers[place] != word:
             place = (place + np.uint64(1)) % np.uint64(_FILLER_SLOTS)
         if not fillers[place]:
-            slot = slot_of(scratch, word)
-            scratch.marks[slot, side] += 1
+            slot = slot_of(keys, stamps, marks, use, word)
+            marks[slot, side] += 1
             places[num] = slot
             num += 1
     return num

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from filters.hashing import FOLD_BASE, fold64, folded64, folding_end64
-from filters.word_table import EMPTY_WORD, WordTable
+from filters.word_table import EMPTY_WORD, WordTable, word_hash
 
 
 class Scratch(NamedTuple):
@@ -35,7 +34,7 @@ class Scratch(NamedTuple):
 
 def shingle_hash(shingle: bytes) -> int:
     """Returns the hash of a shingle, given as its words in UTF-8, joined by single spaces."""
-    words = np.array([xxhash.xxh64_intdigest(word) for word in shingle.split(b" ")], np.uint64)
+    words = np.array([word_hash(word) for word in shingle.split(b" ")], np.uint64)
     return int(fold64(words))
 
 
@@ -95,15 +94,18 @@ def empty_table(scratch):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True, inline="always")
-def slot_of(scratch, key):  # type: ignore[no-untyped-def]
-    """Returns the slot of a key in the hash table; a new key is put there, with marks of 0."""
-    mask, use = np.uint64(len(scratch.keys) - 1), scratch.stamps[-1]
+def slot_of(keys, stamps, marks, use, key):  # type: ignore[no-untyped-def]
+    """Returns the slot of a key in the hash table; a new key is put there, with marks of 0.
+
+    The arrays of the scratch room come one by one: taken out of it here, each would be counted in and out.
+    """
+    mask = np.uint64(len(keys) - 1)
     slot = key & mask
-    while scratch.stamps[slot] == use and scratch.keys[slot] != key:
+    while stamps[slot] == use and keys[slot] != key:
         slot = (slot + np.uint64(1)) & mask
-    if scratch.stamps[slot] != use:
-        scratch.stamps[slot], scratch.keys[slot] = use, key
-        scratch.marks[slot, 0], scratch.marks[slot, 1] = 0, 0
+    if stamps[slot] != use:
+        stamps[slot], keys[slot] = use, key
+        marks[slot, 0], marks[slot, 1] = 0, 0
     return slot
 
 
@@ -113,12 +115,19 @@ def mark_shingles(words, start, end, size, scratch, mark, unless, other):  # typ
 
     Returns how many shingles got it, and how many of those have the bit `other`.
     """
-    num_marked, num_shared, marks = 0, 0, scratch.marks
-    for key in scratch.hashes[: shingle_hashes(words, start, end, size, scratch)]:
-        slot = slot_of(scratch, key)
-        if not marks[slot, 0] & (mark | unless):
-            num_shared += (marks[slot, 0] & other) != 0
-            marks[slot, 0] |= mark
+    num = shingle_hashes(words, start, end, size, scratch)
+    return _mark(scratch.hashes[:num], scratch.keys, scratch.stamps, scratch.marks, mark, unless, other)
+
+
+@numba.njit(cache=True, nogil=True)
+def _mark(hashes, keys, stamps, marks, mark, unless, other):  # type: ignore[no-untyped-def]
+    num_marked, num_shared, use = 0, 0, stamps[-1]
+    for key in hashes:
+        slot = slot_of(keys, stamps, marks, use, key)
+        held = marks[slot, 0]
+        if not held & (mark | unless):
+            num_shared += (held & other) != 0
+            marks[slot, 0] = held | mark
             num_marked += 1
     return num_marked, num_shared
 
@@ -129,14 +138,21 @@ def own_shingles(words, start, end, other, other_start, other_end, size, scratch
     empty_table(scratch)
     if other_end > other_start:
         mark_shingles(other, other_start, other_end, size, scratch, 1, 0, 0)
-    num_own = 0
-    for key in scratch.hashes[: shingle_hashes(words, start, end, size, scratch)]:
-        slot = slot_of(scratch, key)
-        if not scratch.marks[slot, 0]:
-            scratch.marks[slot, 0] = 1
-            scratch.hashes[num_own] = key
-            num_own += 1
-    return num_own
+    num = shingle_hashes(words, start, end, size, scratch)
+    return _keep_new(scratch.hashes[:num], scratch.keys, scratch.stamps, scratch.marks)
+
+
+@numba.njit(cache=True, nogil=True)
+def _keep_new(hashes, keys, stamps, marks):  # type: ignore[no-untyped-def]
+    """Moves the hashes without a mark to the front, each once, and marks them; returns their number."""
+    num_new, use = 0, stamps[-1]
+    for key in hashes:
+        slot = slot_of(keys, stamps, marks, use, key)
+        if not marks[slot, 0]:
+            marks[slot, 0] = 1
+            hashes[num_new] = key
+            num_new += 1
+    return num_new
 
 
 @numba.njit(cache=True, nogil=True)

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from filters import normalise
 from filters.flat_texts import FlatTexts
-from filters.hashing import fold64, folded64, folding_end64, xxh64
+from filters.hashing import fold64, folded64, folding_end64, word64, xxh64
 from filters.normalise import decisive_tokens, normalise_text, tokens
 from filters.token_table import TokenTable
 from filters.word_table import WordTable, word_hash
@@ -204,7 +204,7 @@ def _composing_codes() -> set[int]:
 def _word_table() -> NDArray[np.uint64]:
     slots = np.zeros(_WORD_SLOTS, np.uint64)
     for word in sorted(normalise._DECISIVE_WORDS):
-        digest = xxhash.xxh64_intdigest(word.encode(), 0)
+        digest = word_hash(word)
         slot = digest % _WORD_SLOTS
         while slots[slot]:
             slot = (slot + 1) % _WORD_SLOTS
@@ -478,7 +478,7 @@ def _find_words(chars, first, last, content, starts, tables, words, text, end): 
             if stop <= place:
                 place += 1
                 continue
-        word = xxh64(content, starts[np.uintp(place)], starts[np.uintp(stop)], np.uint64(0))
+        word = word64(content, starts[np.uintp(place)], starts[np.uintp(stop)])
         words[np.uintp(num_words)] = word
         num_words += 1
         if _is_decisive(chars[np.uintp(place)], stop - place, flags, kinds, slots, word):

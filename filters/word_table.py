@@ -1,8 +1,8 @@
 """The words of many texts as two flat arrays, the form in which texts are compared by the million.
 
-Row i is hashes[offsets[i]:offsets[i + 1]]: XXH64 (seed 0) of the UTF-8 of each of its tokens (`filters.normalise`), in
-order. Hashes stand for the words: of two texts of a hundred words, some two agree by chance with a probability of about
-5e-16. `EMPTY_WORD`, the hash of no bytes, pads the ends of a text where its shingles are made.
+Row i is hashes[offsets[i]:offsets[i + 1]]: `word_hash` of each of its tokens (`filters.normalise`), in order. Hashes
+stand for the words: of two texts of a hundred words, some two agree by chance with a probability of about 5e-16.
+`EMPTY_WORD`, the hash of no bytes, pads the ends of a text where its shingles are made.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from filters.hashing import word_hash64
 from filters.normalise import normalise_text, tokens
 
-EMPTY_WORD = np.uint64(xxhash.xxh64_intdigest(b""))
+EMPTY_WORD = np.uint64(0x9E3779B97F4A7C15)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,12 @@ class WordTable:
         return hashes
 
 
-def word_hash(word: str) -> int:
-    return xxhash.xxh64_intdigest(word.encode("utf-8", "surrogatepass"))
+def word_hash(word: str | bytes) -> int:
+    """Returns the hash of a word: `filters.hashing.word64` of its UTF-8, or `EMPTY_WORD`."""
+    content = word.encode("utf-8", "surrogatepass") if isinstance(word, str) else word
+    if not content:
+        return int(EMPTY_WORD)
+    return int(word_hash64(np.frombuffer(content + bytes(8), np.uint8), len(content)))
 
 
 def word_table(texts: Sequence[str]) -> WordTable:

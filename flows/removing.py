@@ -47,7 +47,7 @@ from schemas.fates import FATE_SCHEMA, Exit
 DUPLICATES = "duplicates"
 LEDGER = "published.json"
 
-FEATURES_VERSION = 3
+FEATURES_VERSION = 4
 """Raised when features are made in another way, so that stored ones are made again."""
 
 REMOVAL_SCHEMA = pa.schema(
@@ -108,12 +108,14 @@ def _pictures(runtime: Runtime, markers: Sequence[Marker]) -> Pictures:
 def _feature_file(runtime: Runtime, marker: Marker, pictures: PictureNames) -> Path:
     """Returns the file of a shard's features, written first if it is not there under this digest."""
     config, workspace = runtime.config.duplicates, runtime.workspace
-    images = image_names(workspace.read_columns(marker.stage, marker.shard, ["images"])["images"])
+    rows = workspace.read_rows(marker.stage, marker.shard)
     path = workspace.root / "stages" / DUPLICATES / f"{marker.shard}.features"
     earlier = _published_path(workspace, marker.shard)
-    digest = digest_of(_features_recipe(config), marker.output, stored_digest(earlier), pictures.digest(images))
+    digest = digest_of(
+        _features_recipe(config), marker.output, stored_digest(earlier), pictures.digest(image_names(rows["images"]))
+    )
     if stored_digest(path) != digest:
-        features = features_of(workspace.read_rows(marker.stage, marker.shard), config, pictures)
+        features = features_of(rows, config, pictures)
         if earlier.exists():
             published = FeatureTable.open([earlier]).column("id_high")
             features = features.published(rows_with_keys(published, features.id_high))
