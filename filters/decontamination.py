@@ -46,7 +46,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from filters.flat_texts import FlatTexts
-from filters.hashing import avalanche64
+from filters.hashing import FOLD_BASE, avalanche64
 from filters.text_columns import read_tokens
 from filters.token_table import TokenTable
 
@@ -61,9 +61,6 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 _compiled = numba.njit(cache=True, nogil=True)
 
 _SPACE = 32
-_BASE = np.uint64(0x9E3779B97F4A7C15)
-"""Odd base of the polynomial over word hashes, modulo 2^64: 2^64 divided by the golden ratio."""
-
 _SEED, _PRIME = np.uint64(0xCBF29CE484222325), np.uint64(0x100000001B3)
 """FNV-1a with 64 bits (http://www.isthe.com/chongo/tech/comp/fnv): words are too short for a block hash to pay."""
 
@@ -181,7 +178,7 @@ class _Scanner(NamedTuple):
 
     text: uint8, their token table. sizes: int64, the lengths of n-grams, rising. shortest: the first of them, or more
     than any row has words. filter_words: uint64 [power of two], a Bloom filter of the last `shortest` words of every
-    n-gram. powers: uint64 [max_ngram + 1], of `_BASE`. texts: the questions that are compared as a whole.
+    n-gram. powers: uint64 [max_ngram + 1], of `FOLD_BASE`. texts: the questions that are compared as a whole.
     """
 
     text: NDArray[np.uint8]
@@ -671,7 +668,7 @@ def _shortest(units: _Units, min_ngram: int, max_ngram: int) -> int:
 
 def _powers(sizes: NDArray[np.int64]) -> NDArray[np.uint64]:
     largest = int(sizes.max(initial=1))
-    return np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(largest, _BASE))])
+    return np.concatenate([np.ones(1, np.uint64), np.cumprod(np.full(largest, FOLD_BASE))])
 
 
 def _power_of_two(least: int) -> int:
@@ -736,7 +733,7 @@ def _read_words(
         while place < stop and text[place] != _SPACE:
             state = (state ^ np.uint64(_lower(text[place]))) * _PRIME
             place += 1
-        prefixes[count + 1] = prefixes[count] * _BASE + avalanche64(state)
+        prefixes[count + 1] = prefixes[count] * FOLD_BASE + avalanche64(state)
         count, place = count + 1, place + 1
     starts[count] = stop + 1
     return count
@@ -749,7 +746,7 @@ def _lower(byte: int) -> int:
 
 @_compiled
 def _run_hash(prefixes: NDArray[np.uint64], count: int, size: int, power: np.uint64) -> np.uint64:
-    """Returns the hash of the last `size` of `count` words. prefixes: see `_read_words`. power: `_BASE` ** size."""
+    """Returns the hash of the last `size` of `count` words. prefixes: see `_read_words`. power: `FOLD_BASE` ** size."""
     return np.uint64(avalanche64(prefixes[count] - prefixes[count - size] * power + np.uint64(size)))
 
 

@@ -24,13 +24,18 @@ _DIGEST = b"digest"
 
 def write_features(path: Path, features: Features, digest: str = "") -> None:
     """Writes a shard's features as an uncompressed Arrow file. digest: of what shaped them. Raises OSError."""
-    table = features.to_table().replace_schema_metadata({_DIGEST: digest.encode()})
+    write_arrow(path, features.to_table(), digest)
+
+
+def write_arrow(path: Path, table: pa.Table, digest: str = "") -> None:
+    """Writes an uncompressed Arrow file. digest: of what shaped it, see `stored_digest`. Raises OSError."""
+    table = table.replace_schema_metadata({_DIGEST: digest.encode()}).combine_chunks()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table.combine_chunks(), max_chunksize=max(1, table.num_rows))
+        writer.write_table(table, max_chunksize=max(1, table.num_rows))
 
 
 def stored_digest(path: Path) -> str | None:
-    """Returns the digest that a file of features was written with; None if there is no such file, or a damaged one."""
+    """Returns the digest that a file was written with; None if there is no such file, or a damaged one."""
     try:
         with pa.memory_map(str(path)) as source:
             metadata = pa.ipc.open_file(source).schema.metadata or {}

@@ -173,11 +173,14 @@ class _Images:
     num_pixels: NDArray[np.int64]
 
 
-def _lists(column: pa.ChunkedArray) -> _Lists:
+def list_offsets(column: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Returns where each list of a list column begins among the values of all, and where the last ends."""
     lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
-    offsets = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return _Lists(_flat(pc.list_flatten(column)), offsets)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _lists(column: pa.ChunkedArray) -> _Lists:
+    return _Lists(_flat(pc.list_flatten(column)), list_offsets(column))
 
 
 def image_names(column: pa.ChunkedArray) -> pa.Array:

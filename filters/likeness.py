@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 
 from filters import normalise
 from filters.shingles import empty_table, mark_shingles, scratch_for, slot_of
-from filters.word_table import WordTable, word_hash
+from filters.word_table import WordTable, is_in_set, word_set
 
-_FILLER_SLOTS = 256
 _FIRST, _SECOND, _FIRST_CONTEXT, _SECOND_CONTEXT = 1, 2, 4, 8
 
 
@@ -44,14 +43,7 @@ def likeness(
 
 @cache
 def _fillers() -> NDArray[np.uint64]:
-    """Returns the hashes of the fillers as an open hash table, 0 for an empty slot."""
-    slots = np.zeros(_FILLER_SLOTS, np.uint64)
-    for word in sorted(normalise._FILLERS):
-        slot = word_hash(word) % _FILLER_SLOTS
-        while slots[slot]:
-            slot = (slot + 1) % _FILLER_SLOTS
-        slots[slot] = word_hash(word)
-    return slots
+    return word_set(normalise._FILLERS)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -93,10 +85,7 @@ def _count_words(words, fillers, keys, stamps, marks, side, places):  # type: ig
     """Counts in marks[:, side] the words that are no fillers, writes their slots in order; returns their number."""
     num, use = 0, stamps[-1]
     for word in words:
-        place = word % np.uint64(_FILLER_SLOTS)
-        while fillers[place] and fillers[place] != word:
-            place = (place + np.uint64(1)) % np.uint64(_FILLER_SLOTS)
-        if not fillers[place]:
+        if not is_in_set(fillers, word):
             slot = slot_of(keys, stamps, marks, use, word)
             marks[slot, side] += 1
             places[num] = slot

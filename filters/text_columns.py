@@ -28,7 +28,7 @@ from filters.flat_texts import FlatTexts
 from filters.hashing import fold64, folded64, folding_end64, word64, xxh64
 from filters.normalise import decisive_tokens, normalise_text, tokens
 from filters.token_table import TokenTable
-from filters.word_table import WordTable, word_hash
+from filters.word_table import WordTable, is_in_set, word_hash, word_set
 
 _NUM_CODES = 0x20000
 """Code points with an entry in the tables; rows with higher ones (rare Chinese characters) are read in Python."""
@@ -36,7 +36,6 @@ _NUM_CODES = 0x20000
 _LOWER, _UPPER, _RUN, _SPACE, _CLOSING, _LEADING, _NUMERIC, _ALPHA, _DIGIT, _ALNUM, _BRACKET, _SLOW = (
     1 << bit for bit in range(12)
 )
-_WORD_SLOTS = 1024
 _EXACT_SEEDS = (0, 0x62696D6F6465)
 
 
@@ -77,14 +76,15 @@ def read_texts(column: pa.Array | pa.ChunkedArray) -> TextColumn:
     """Returns what is known of each text of a string column, in order. Releases the interpreter lock while it works."""
     texts = FlatTexts.of(column)
     found, words, _ = _read(texts, with_tokens=False)
-    slow = {place: tokens(normalise_text(texts.text(place))) for place in np.flatnonzero(found.slow).tolist()}
-    for place, row in slow.items():
+    hashes = {}
+    for place in np.flatnonzero(found.slow).tolist():
         normal = normalise_text(texts.text(place))
+        row = tokens(normal)
         content = normal.encode("utf-8", "surrogatepass")
         found.exact[place] = [xxhash.xxh64_intdigest(content, seed) for seed in _EXACT_SEEDS]
         found.lengths[place] = len(normal)
         found.decisive[place] = fold64(np.array([word_hash(word) for word in decisive_tokens(row)], np.uint64))
-    hashes = {place: np.array([word_hash(word) for word in row], np.uint64) for place, row in slow.items()}
+        hashes[place] = np.array([word_hash(word) for word in row], np.uint64)
     table = WordTable(*_with_rows(words, np.cumsum(found.num_words), hashes))
     return TextColumn(found.exact, found.lengths, table, found.decisive)
 
@@ -124,12 +124,12 @@ def _read(texts: FlatTexts, *, with_tokens: bool) -> tuple[_Found, NDArray[np.ui
     return found, words[:num_words].copy(), text
 
 
-T = TypeVar("T", bound=np.generic)
+_T = TypeVar("_T", bound=np.generic)
 
 
 def _with_rows(
-    values: NDArray[T], ends: NDArray[np.int64], rows: Mapping[int, NDArray[T]]
-) -> tuple[NDArray[T], NDArray[np.int64]]:
+    values: NDArray[_T], ends: NDArray[np.int64], rows: Mapping[int, NDArray[_T]]
+) -> tuple[NDArray[_T], NDArray[np.int64]]:
     """Returns flat values and offsets in which some rows, empty so far, hold values. ends: where each row ends."""
     offsets = np.concatenate([[0], ends])
     values = values[: offsets[-1]]
@@ -188,7 +188,7 @@ def code_tables() -> _CodeTables:
             )
             if holds
         )
-    return _CodeTables(starts, np.array(codes, np.int32), folds, kinds, flags, _word_table())
+    return _CodeTables(starts, np.array(codes, np.int32), folds, kinds, flags, word_set(normalise._DECISIVE_WORDS))
 
 
 def _composing_codes() -> set[int]:
@@ -199,17 +199,6 @@ def _composing_codes() -> set[int]:
         if parts and parts[0] != "<" and " " in parts:
             found.add(int(parts.split()[1], 16))
     return found | set(range(0x1100, 0x1200))
-
-
-def _word_table() -> NDArray[np.uint64]:
-    slots = np.zeros(_WORD_SLOTS, np.uint64)
-    for word in sorted(normalise._DECISIVE_WORDS):
-        digest = word_hash(word)
-        slot = digest % _WORD_SLOTS
-        while slots[slot]:
-            slot = (slot + 1) % _WORD_SLOTS
-        slots[slot] = digest
-    return slots
 
 
 @numba.njit(cache=True, nogil=True)
@@ -503,12 +492,7 @@ def _is_decisive(code, length, flags, kinds, slots, word):  # type: ignore[no-un
         return True
     if length == 1 and kind != _U:
         return code not in (0x61, 0x41, 0x49)  # "a", "A", "I"
-    slot = word % np.uint64(_WORD_SLOTS)
-    while slots[slot]:
-        if slots[slot] == word:
-            return True
-        slot = (slot + np.uint64(1)) % np.uint64(_WORD_SLOTS)
-    return False
+    return is_in_set(slots, word)
 
 
 _A, _L, _D, _N, _U, _S, _C, _X = (ord(kind) for kind in "ALDNUSCX")

@@ -7,9 +7,10 @@ stand for the words: of two texts of a hundred words, some two agree by chance w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -59,3 +60,24 @@ def word_table(texts: Sequence[str]) -> WordTable:
     offsets = np.zeros(len(rows) + 1, np.int64)
     np.cumsum([len(row) for row in rows], out=offsets[1:])
     return WordTable(np.array([word for row in rows for word in row], np.uint64), offsets)
+
+
+def word_set(words: Collection[str]) -> NDArray[np.uint64]:
+    """Returns the hashes of words as an open hash table for `is_in_set`, at most an eighth full; 0 is an empty slot."""
+    slots = np.zeros(1 << (8 * len(words) - 1).bit_length(), np.uint64)
+    for word in sorted(words):
+        slot = word_hash(word) % len(slots)
+        while slots[slot]:
+            slot = (slot + 1) % len(slots)
+        slots[slot] = word_hash(word)
+    return slots
+
+
+@numba.njit(cache=True, nogil=True, inline="always")
+def is_in_set(slots, word):  # type: ignore[no-untyped-def]
+    """Says whether the hash of a word is one of a set made by `word_set`."""
+    mask = np.uint64(len(slots) - 1)
+    slot = word & mask
+    while slots[slot] and slots[slot] != word:
+        slot = (slot + np.uint64(1)) & mask
+    return slots[slot] != np.uint64(0)

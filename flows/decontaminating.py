@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from corpus.report import BenchmarkLeaks, LeakedPair
 from corpus.storage import write_text
@@ -29,6 +28,7 @@ from filters.decontamination import (
     ShardContamination,
     image_keys,
 )
+from filters.features import image_names, list_offsets
 from filters.flat_texts import FlatTexts
 from filters.text_columns import read_tokens
 from flows.removing import removal_table, split_rows
@@ -132,12 +132,10 @@ def decontaminate(runtime: Runtime, benchmarks: Benchmarks, before: Marker, dige
 
 def find_leaks(index: BenchmarkIndex, rows: pa.Table) -> ShardContamination:
     """Returns what a table of samples leaks."""
-    sizes = pc.fill_null(pc.list_value_length(rows["images"]), 0).to_numpy()
-    names = pc.struct_field(pc.list_flatten(rows["images"]), "sha256").to_pylist()
     return index.find(
         read_tokens(FlatTexts.of(rows["question"])),
-        image_keys(names),
-        np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]),
+        image_keys(image_names(rows["images"]).to_pylist()),
+        list_offsets(rows["images"]),
         origins=rows["origin"].to_pylist(),
     )
 

@@ -8,6 +8,7 @@ representatives: so the names that published rows are compared by never change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from corpus.storage import replacing
-from filters.features import PictureNames
+from filters.feature_files import stored_digest, write_arrow
+from filters.features import PictureNames, image_names
 from filters.images import FingerprintTable, fingerprints, looked_at_clusters
 from flows.runtime import Runtime
 from flows.workspace import Marker, digest_of
@@ -24,8 +26,6 @@ from schemas.errors import StorageError
 PUBLISHED = "pictures.published"
 FINGERPRINTS_VERSION = 1
 """Raised when fingerprints are made in another way, so that stored ones are made again."""
-
-_DIGEST = b"digest"
 
 
 class Pictures:
@@ -49,19 +49,21 @@ class Pictures:
         places = np.unique(self._representative)
         if len(places) > len(self._published):
             with replacing(self._path) as temporary:
-                _write(temporary, self._table.take(places), "")
+                write_arrow(temporary, self._table.take(places).to_table())
 
 
 def _shard_fingerprints(runtime: Runtime, folder: Path, marker: Marker) -> FingerprintTable:
     """Returns the fingerprints of a shard's images, read and stored first if they are not there."""
     path, digest = folder / f"{marker.shard}.pictures", digest_of(FINGERPRINTS_VERSION, marker.output)
-    held = _read(path, digest)
+    held = None
+    with suppress(StorageError):  # a damaged file is made again
+        held = _read(path) if stored_digest(path) == digest else None
     if held is None:
         images = runtime.workspace.read_columns(marker.stage, marker.shard, ["images"])["images"]
-        names = pc.unique(pc.struct_field(pc.list_flatten(images), "sha256")).to_pylist()
+        names = pc.unique(image_names(images)).to_pylist()
         held = fingerprints(runtime.images.read, sorted(names), num_workers=runtime.config.parallel_shards)
         with replacing(path) as temporary:
-            _write(temporary, held, digest)
+            write_arrow(temporary, held.to_table(), digest)
     return held
 
 
@@ -72,23 +74,12 @@ def _joined(tables: Sequence[FingerprintTable]) -> tuple[FingerprintTable, int]:
     return whole.take(np.sort(places)), len(tables[0])
 
 
-def _write(path: Path, table: FingerprintTable, digest: str) -> None:
-    stored = table.to_table().replace_schema_metadata({_DIGEST: digest.encode()})
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, stored.schema) as writer:
-        writer.write_table(stored)
-
-
-def _read(path: Path, digest: str | None = None) -> FingerprintTable | None:
-    """Returns stored fingerprints; None if there are none, or under another digest. Raises StorageError: damaged."""
+def _read(path: Path) -> FingerprintTable | None:
+    """Returns stored fingerprints; None if there are none. Raises StorageError: they are damaged."""
     try:
         with pa.memory_map(str(path)) as source:
-            table = pa.ipc.open_file(source).read_all()
+            return FingerprintTable.from_table(pa.ipc.open_file(source).read_all())
     except FileNotFoundError:
         return None
-    except (OSError, pa.ArrowInvalid) as error:
-        if digest is not None:  # made again
-            return None
+    except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
         raise StorageError(f"cannot read {path}: {error}; delete it and run again") from error
-    if digest is not None and (table.schema.metadata or {}).get(_DIGEST) != digest.encode():
-        return None
-    return FingerprintTable.from_table(table)

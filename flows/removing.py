@@ -34,7 +34,7 @@ from filters.duplicates import (
     find_duplicates,
 )
 from filters.feature_files import FeatureTable, stored_digest, write_features
-from filters.features import PictureNames, image_names
+from filters.features import PictureNames, image_names, list_offsets
 from filters.traces import DUPLICATE as TRACE_DUPLICATE
 from filters.traces import trace_features, trace_settings
 from flows.pictures import Pictures
@@ -146,8 +146,8 @@ def settle(runtime: Runtime, before: Sequence[Marker], markers: Sequence[Marker]
     """Records that the result of this stage is published. before: markers of the stage before, of the same shards."""
     workspace, config = runtime.workspace, runtime.config.duplicates
     recipe = _features_recipe(config)
-    unsettled = [marker for marker in before if marker.shard not in settled_shards(runtime, before)]
-    pictures = _pictures(runtime, unsettled)
+    settled = settled_shards(runtime, before)
+    pictures = _pictures(runtime, [marker for marker in before if marker.shard not in settled])
     for marker in markers:
         path, digest = _published_path(workspace, marker.shard), digest_of(recipe, marker.output)
         if stored_digest(path) != digest:
@@ -305,10 +305,8 @@ def split_rows(table: pa.Table, removals: pa.Table | None, stage: str) -> tuple[
     stays = np.ones(table.num_rows, np.bool_)
     stays[removals["row"].to_numpy()] = False
     gone = table.take(removals["row"]).combine_chunks()
-    images = pc.list_flatten(gone["images"])
-    sizes = pc.fill_null(pc.list_value_length(gone["images"]), 0).to_numpy()
-    offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]), pa.int32())
-    names = pc.struct_field(images, "sha256").combine_chunks()
+    offsets = pa.array(list_offsets(gone["images"]), pa.int32())
+    names = image_names(gone["images"])
     fates = pa.table(
         {
             "origin": gone["origin"],
