@@ -68,6 +68,12 @@ class TrainingError(BimodeError):
     exit_code = 8
 
 
+class Interrupted(BimodeError):
+    """A signal asked a program to stop; what it had done is kept, and the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
 class RowError(Exception):
     """One row cannot be used. Carries the reason code under which the row is quarantined.
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor
 
 from sampleworld.rows import write_rows
-from schemas.errors import ConfigError, TrainingError
+from schemas.errors import ConfigError, Interrupted, TrainingError
 from schemas.template import FORCED_PREFIX, ThinkingMode, render_completion
-from training import annealing
-from training.annealing import AnnealingConfig, anneal, load_annealing_config, load_rows, newest_checkpoint
+from training import programs
+from training.annealing import AnnealingConfig, anneal
+from training.checkpoints import prepare_model
+from training.programs import RunFolder, load_program_config
+from training.rows import load_rows
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -47,7 +52,7 @@ def test_a_finished_run_is_not_repeated(small_model: Path, corpus: Path, tmp_pat
 
 def anneal_until_step_five(settings: AnnealingConfig) -> None:
     """Trains as configured and dies after step five, two steps after the first checkpoint."""
-    log = annealing.MetricsFile.on_log
+    log = programs.MetricsFile.on_log
 
     def dies_at_step_five(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
         log(self, args, state, control, **rest)
@@ -55,7 +60,7 @@ def anneal_until_step_five(settings: AnnealingConfig) -> None:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(annealing.MetricsFile, "on_log", dies_at_step_five)
+        patch.setattr(programs.MetricsFile, "on_log", dies_at_step_five)
         with pytest.raises(KeyboardInterrupt):
             anneal(settings)
 
@@ -84,7 +89,7 @@ def test_a_checkpoint_whose_saving_was_interrupted_is_passed_over(tmp_path: Path
         folder = tmp_path / f"checkpoint-{number}"
         folder.mkdir()
         (folder / last_file).touch()
-    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert RunFolder(tmp_path).newest_checkpoint() == str(tmp_path / "checkpoint-10")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(small_model: Path, corpus: Path, tmp_path: Path) -> None:
@@ -113,7 +118,7 @@ def test_an_unknown_setting_is_a_clear_error(tmp_path: Path) -> None:
     path = tmp_path / "annealing.yaml"
     path.write_text("model: m\ncorpus: [c]\noutput: o\nlerning_rate: 1\n", encoding="utf-8")
     with pytest.raises(ConfigError, match="lerning_rate"):
-        load_annealing_config(path)
+        load_program_config(path, AnnealingConfig)
 
 
 def test_the_choice_between_the_modes_is_one_token(small_model: Path) -> None:
@@ -137,10 +142,29 @@ def test_a_forced_prefix_has_the_tokens_of_the_completion_it_begins(small_model:
 def test_the_empty_think_block_carries_loss(small_model: Path, corpus: Path) -> None:
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-    model, processor = annealing.prepare_model(str(small_model), bf16=False)
+    model, processor = prepare_model(str(small_model), bf16=False)
     del model
     rows = load_rows([str(corpus)])
     batch = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([rows[0]])
     labels = batch["labels"][0]
     learned = processor.tokenizer.decode(labels[labels != -100])
     assert learned.startswith("\n\n</think>")
+
+
+def test_a_stopped_run_writes_a_checkpoint_and_goes_on_from_it(small_model: Path, corpus: Path, tmp_path: Path) -> None:
+    settings = config(small_model, corpus, tmp_path / "run", save_steps=100)
+    log = programs.MetricsFile.on_log
+
+    def signals_at_step_two(self: Any, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        log(self, args, state, control, **rest)
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs.MetricsFile, "on_log", signals_at_step_two)
+        with pytest.raises(Interrupted, match="run it again"):
+            anneal(settings)
+    folder = RunFolder(tmp_path / "run")
+    assert folder.newest_checkpoint() is not None
+    assert folder.result() is None
+    assert anneal(settings)["steps"] == 6
