@@ -19,6 +19,8 @@ DEMO_CONFIG ?= sampleworld/demo.yaml
 export BIMODE_HOME := $(CURDIR)
 export BIMODE_GPU_PYTHON := $(CURDIR)/.venv-gpu/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# On a CPU that other work shares, threads that wait by spinning take the time that the working one needs.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp carries the digest of what its environment was built from: a changed lock rebuilds it, a touched one does not.
 digest = $(shell cat $(1) | sha256sum | cut -c 1-16)
@@ -42,7 +44,7 @@ TYPES := .venv/bin/mypy
 # A program of Prefect that speaks to the local server; the address is known once `bimode up` has run.
 LOCAL_PREFECT = PREFECT_HOME=$(CURDIR)/.local/prefect PREFECT_API_URL=$$(cat .local/api_url) .venv/bin/prefect --no-prompt
 
-.PHONY: help demo test lint types env env-gpu teacher down clean
+.PHONY: help demo test lint types env env-gpu teacher base reproduce reproduce-smoke down clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -110,7 +112,16 @@ $(GPU_PROJECT_STAMP): $(GPU_STAMP)
 	@touch $@
 
 teacher: env-gpu ## Train the bundled teacher anew (under 60 minutes on two cores)
-	.venv-gpu/bin/python -m sampleworld.make_teacher
+	.venv-gpu/bin/python -m sampleworld.make_models teacher
+
+base: env-gpu ## Train the bundled base model anew (under 30 minutes on two cores)
+	.venv-gpu/bin/python -m sampleworld.make_models base
+
+reproduce: env-gpu ## Run the paper's findings small: three seeds, each up to two hours on two cores (SEEDS="0 1")
+	PYTHONPATH=teacher/cpu_site .venv-gpu/bin/python -m sampleworld.reproduce $(if $(SEEDS),--seeds $(SEEDS))
+
+reproduce-smoke: env-gpu ## Show the machinery of `make reproduce` in minutes; its figures mean nothing
+	PYTHONPATH=teacher/cpu_site .venv-gpu/bin/python -m sampleworld.reproduce --smoke
 
 down: ## Stop what `make demo` started; data stays
 	@if [ -x .venv/bin/bimode ]; then .venv/bin/bimode down; else echo "nothing runs: there is no .venv"; fi

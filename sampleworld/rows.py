@@ -1,11 +1,11 @@
-"""Draws training rows from the sample world: the corpus that makes the bundled teacher.
+"""Draws training rows from the sample world: what makes the bundled teacher, and the base that experiments start from.
 
-Three recipes, trained on in this order, each a mixture of four sorts of rows. *Reading* rows are dense and terse: whole
-scenes cell by cell, in order or at random; a small model only begins to see with them, and only if they are all there
-is. *Looking* rows say the same in sentences and ask the glance questions. *Question* rows hold every family in both
-modes, with and without the pipeline's own instructions; *judge* rows are the pipeline's own judge prompts with their
-truth. The second recipe has some of each sort: a run that begins with texts never seen before unlearns what the one
-before it taught.
+Recipes are trained on one after the other (`MODELS`), each a mixture of sorts of rows. *Reading* rows are dense and
+terse: whole scenes cell by cell, in order or at random; a small model only begins to see with them, and only if they
+are all there is. *Looking* rows say the same in sentences and ask the glance questions. *Question* rows hold every
+family in both modes, with and without the pipeline's own instructions; *judge* rows are the pipeline's own judge
+prompts with their truth. The teacher's second recipe has some of each sort: a run that begins with texts never seen
+before unlearns what the one before it taught. *Skill* rows are for the base: sentences and sums, never a question.
 """
 
 from __future__ import annotations
@@ -22,17 +22,33 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from corpus.storage import replacing, write_text
 from judges.prompts import ANSWER_INSTRUCTION, CHOICE_INSTRUCTION, fence, prompt
-from sampleworld.world import COLOURS, GLANCE, OPEN, STEPS, Scene, Task, draw_scene, render_scene
+from sampleworld.world import (
+    COLOURS,
+    GLANCE,
+    OPEN,
+    STEPS,
+    Scene,
+    Task,
+    draw_scene,
+    render_scene,
+    running_result,
+)
 from schemas.question import OPTION_LETTERS
 from schemas.samples import Kind, Topic
 from schemas.template import render_completion
 
-RECIPES = ("reading", "looking", "teacher")
+RECIPES = ("reading", "looking", "teacher", "base")
+"""A recipe's place gives the seed of its rows: append new ones."""
+MODELS = {"teacher": ("reading", "looking", "teacher"), "base": ("reading", "base")}
+"""By model, the recipes it is trained with, one after the other."""
+
 SHARES = {
-    "reading": {"reading": 1.0, "looking": 0.0, "question": 0.0, "judge": 0.0},
-    "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10},
-    "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16},
+    "reading": {"reading": 1.0, "looking": 0.0, "question": 0.0, "judge": 0.0, "skill": 0.0},
+    "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10, "skill": 0.0},
+    "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16, "skill": 0.0},
+    "base": {"reading": 0.10, "looking": 0.40, "question": 0.0, "judge": 0.0, "skill": 0.50},
 }
 """The share of each sort of rows in each recipe."""
 
@@ -89,6 +105,29 @@ def looking_row(scene: Scene, rng: random.Random) -> TrainingRow:
         return TrainingRow("", "List the numbers.", render_completion(" ".join(facts)))
     facts = [f"{scene.colours[c]} has a {scene.dots[c]} dot." for c in cells]
     return TrainingRow("", "List the dots.", render_completion(" ".join(facts)))
+
+
+def skill_row(scene: Scene, rng: random.Random) -> TrainingRow:
+    """Returns a skill that questions are made of, and never a question: cells in sentences, or a line of sums.
+
+    A line of sums starts anywhere below 100 and adds digits, with or without doubling first, as worked steps do.
+    """
+    cells = rng.sample(range(9), 9)
+    sort = rng.random()
+    if sort < 0.3:
+        facts = [f"{scene.colours[c]} is {scene.digits[c]}." for c in cells]
+        return TrainingRow("", "List the numbers.", render_completion(" ".join(facts)))
+    if sort < 0.6:
+        facts = [f"{scene.colours[c]} has a {scene.dots[c]} dot." for c in cells]
+        return TrainingRow("", "List the dots.", render_completion(" ".join(facts)))
+    start, doubles = rng.randrange(100), rng.random() < 0.5
+    digits = [rng.randrange(10) for _ in range(6)]
+    results = running_result([start, *digits], doubles=doubles)
+    carried = [2 * before % 100 if doubles else before for before in results]
+    sums = [f"{a} + {d} = {r}." for a, d, r in zip(carried, digits, results[1:], strict=False)]
+    listed = " ".join(str(digit) for digit in digits)
+    user = f"Start at {start}. {'Double and add' if doubles else 'Add'} {listed}."
+    return TrainingRow("", user, render_completion(" ".join(sums)))
 
 
 def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow:
@@ -151,6 +190,7 @@ SORTS = {
     "looking": looking_row,
     "question": question_row,
     "judge": judge_row,
+    "skill": skill_row,
 }
 
 
@@ -251,17 +291,22 @@ def tokenizer_texts(*, seed: int, num_rows: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the Parquet files and texts.txt")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="which to write (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     texts = tokenizer_texts(seed=arguments.seed, num_rows=4000)
-    (arguments.out / "texts.txt").write_text("\n".join(texts), encoding="utf-8")
-    for number, recipe in enumerate(RECIPES):
+    write_text(arguments.out / "texts.txt", "\n".join(texts))
+    for recipe in arguments.recipes:
+        path = arguments.out / f"{recipe}.parquet"
+        if path.exists():
+            continue
         settings = recipe_settings(recipe)
         batch_rows = int(settings["batch_size"])
         num_rows = batch_rows * int(settings["max_steps"])  # one pass, no row twice
-        path = arguments.out / f"{recipe}.parquet"
-        write_rows(path, recipe, seed=arguments.seed + number, batch_rows=batch_rows, num_rows=num_rows)
+        seed = arguments.seed + RECIPES.index(recipe)
+        with replacing(path) as temporary:
+            write_rows(temporary, recipe, seed=seed, batch_rows=batch_rows, num_rows=num_rows)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ FORCED_PREFIX = {
 }
 """The text placed after the assistant turn opens, by mode; the model continues it."""
 
+BARE_TURN = "bare"
+"""Of the chat template: opens the assistant's turn and nothing else. BPO's completions begin with their own prefix."""
+
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
@@ -52,7 +55,8 @@ CHAT_TEMPLATE = (
     "{%- if mode == 'long' -%}{{- '<think>\\n' -}}"
     "{%- elif mode == 'short' -%}{{- '<think>\\n\\n</think>' -}}"
     "{%- elif mode == 'auto' -%}{{- '<think>' -}}"
-    "{%- else -%}{{- raise_exception('thinking_mode must be auto, long or short, not ' + mode) -}}{%- endif -%}"
+    "{%- elif mode != 'bare' -%}"
+    "{{- raise_exception('thinking_mode must be auto, long or short, not ' + mode) -}}{%- endif -%}"
     "{%- endif -%}"
 )
 """Jinja chat template saved with every checkpoint: Qwen2.5-VL's turn format, opened by the forced prefix of a mode."""

@@ -39,6 +39,24 @@ def prepare_model(path: str, *, bf16: bool) -> tuple[Any, Any]:
     return model, processor
 
 
+def accept_no_images(model: Any) -> None:
+    """Makes a model take an empty batch of images for none.
+
+    A batch that mixes rows with and without images is cut into parts by TRL; a part of text alone is handed the empty
+    rest of the pixels, on which the vision tower fails.
+    """
+
+    def drop_empty(
+        _module: Any, positional: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        pixels = named.get("pixel_values")
+        if pixels is not None and pixels.numel() == 0:
+            named = {name: value for name, value in named.items() if name not in ("pixel_values", "image_grid_thw")}
+        return positional, named
+
+    model.register_forward_pre_hook(drop_empty, with_kwargs=True)
+
+
 class TrueResume:
     """Mixed into a Trainer, makes a resumed run really have the weights of its checkpoint.
 

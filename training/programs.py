@@ -13,21 +13,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from corpus.storage import storage_errors, write_text
-from schemas.errors import BimodeError, ConfigError, Interrupted, TrainingError
+from schemas.errors import BimodeError, ConfigError, Interrupted, StorageError, TrainingError
 
 
 class ProgramConfig(BaseModel):
@@ -58,6 +62,10 @@ def load_program_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
         raise ConfigError(f"{path} has {error.error_count()} problem(s):\n" + "\n".join(lines)) from error
 
 
+FREE_SETTINGS = frozenset({"output", "log_steps", "save_steps"})
+"""What may change when a run goes on: it leaves the result as it is."""
+
+
 class RunFolder:
     """The files of one run of one program."""
 
@@ -81,9 +89,33 @@ class RunFolder:
             found: Result = json.loads(path.read_text(encoding="utf-8"))
         return found
 
+    def begin(self, config: ProgramConfig) -> Result | None:
+        """Takes the folder for a run, and returns the result if that very run is finished there.
+
+        Raises ConfigError: a run with other settings lies there. Going on from its checkpoints would follow neither
+        its settings nor the new ones. StorageError: the folder cannot be written.
+        """
+        settings = json.loads(config.model_dump_json())
+        path = self.path / "config.json"
+        if path.exists():
+            with storage_errors(path, "read"):
+                before = json.loads(path.read_text(encoding="utf-8"))
+            changed = [
+                name for name in sorted({*settings, *before} - FREE_SETTINGS) if settings.get(name) != before.get(name)
+            ]
+            if changed:
+                listed = ", ".join(f"{name} {before.get(name)!r} -> {settings.get(name)!r}" for name in changed)
+                raise ConfigError(f"{self.path} holds a run with other settings ({listed}): choose another output")
+            return self.result()
+        with storage_errors(self.path, "write"):
+            self.path.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return None
+
     def finish(self, result: Result) -> Result:
-        """Writes result.json, the last file of a run. Raises StorageError."""
-        write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        """Writes result.json, the last file of a run; of several processes the first one does. Raises StorageError."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            write_text(self.path / "result.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def newest_checkpoint(self) -> str | None:
@@ -108,15 +140,38 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         seconds = round(time.monotonic() - self.started, 3)
-        line = {"step": state.global_step, "num_steps": state.max_steps, "seconds": seconds, **(logs or {})}
+        values = {name: _finite(value) for name, value in (logs or {}).items()}
+        line = {"step": state.global_step, "num_steps": state.max_steps, "seconds": seconds, **values}
         with storage_errors(self.path, "write"), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        loss = line.get("loss")
+        loss = (logs or {}).get("loss")
         print(f"step {state.global_step}/{state.max_steps} loss {loss} {seconds:.0f} s", file=sys.stderr, flush=True)
         if isinstance(loss, float) and not math.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss} at step {state.global_step}: lower learning_rate or check the corpus"
             )
+
+
+class StopOnDivergence(TrainerCallback):
+    """Ends the run before a gradient that is not finite reaches the weights, so that no checkpoint ever holds one.
+
+    A loss that is not finite always has such a gradient. Logs show it only every `log_steps`, after checkpoints.
+    """
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            raise TrainingError(
+                f"the loss is no longer finite at step {state.global_step + 1}; the newest checkpoint is whole. Begin "
+                "again in another folder with a lower learning_rate, or go on from here once the corpus is mended"
+            )
+
+
+def _finite(value: Any) -> Any:
+    """Returns the value, or None in place of a number that JSON does not know."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class StopOnSignal(TrainerCallback):
@@ -136,9 +191,9 @@ class StopOnSignal(TrainerCallback):
 
         def note(number: int, _frame: FrameType | None) -> None:
             if self.received is not None:
-                raise Interrupted("stopped at once by a second signal; the newest checkpoint is kept")
+                raise Interrupted("stopped at once by a second signal; what was kept before is whole")
             self.received = number
-            print("stopping: this step ends and a checkpoint is written", file=sys.stderr, flush=True)
+            print("stopping: what is under way ends, and what was done is kept", file=sys.stderr, flush=True)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -147,7 +202,26 @@ class StopOnSignal(TrainerCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
         if self.received is not None:
-            raise Interrupted("stopped by a signal after writing a checkpoint; run it again to go on")
+            raise Interrupted("stopped by a signal; what was done is kept: run it again to go on")
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Turns what safetensors and torch raise when a checkpoint cannot be written into StorageError.
+
+    They wrap the system's error in types of their own, which are no OSError; torch in a bare RuntimeError, whose text
+    depends on where in the file the disk was full. Raises StorageError.
+    """
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        frames = [(Path(frame.filename).parts[-2:], frame.name) for frame in traceback.extract_tb(error.__traceback__)]
+        if isinstance(error, SafetensorError) or (("torch", "serialization.py"), "save") in frames:
+            raise StorageError(
+                f"cannot write a checkpoint in {folder}: {str(error).splitlines()[0]}. If the disk is full, free some "
+                "space and run again: it goes on from the checkpoint before"
+            ) from error
+        raise
 
 
 def train_to_end(trainer: Any, folder: RunFolder) -> Any:
@@ -158,8 +232,9 @@ def train_to_end(trainer: Any, folder: RunFolder) -> Any:
     """
     stop = StopOnSignal()
     trainer.add_callback(MetricsFile(folder.metrics))
+    trainer.add_callback(StopOnDivergence())
     trainer.add_callback(stop)
-    with stop.listening(), storage_errors(folder.path, "write a checkpoint in"):
+    with stop.listening(), storage_errors(folder.path, "write a checkpoint in"), full_disk_named(folder.path):
         output = trainer.train(resume_from_checkpoint=folder.newest_checkpoint())
         if stop.received is None:
             trainer.save_model(str(folder.model))

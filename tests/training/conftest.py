@@ -1,18 +1,10 @@
-"""Runs in the GPU-side environment. Beside a CPU build of torch, torchvision needs the same help as the vLLM server."""
+"""Runs in the GPU-side environment."""
 
 from __future__ import annotations
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-if "torchvision" not in sys.modules:
-    _SITE = runpy.run_path(
-        str(ROOT / "teacher" / "cpu_site" / "sitecustomize.py"), run_name="sitecustomize"
-    )  # kept alive
 
 
 @pytest.fixture(scope="session")

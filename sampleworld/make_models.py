@@ -1,9 +1,12 @@
-"""Trains the bundled teacher from nothing: draws its rows, builds a small Qwen2.5-VL and anneals it three times.
+"""Trains a bundled model from nothing: draws its rows, builds a small Qwen2.5-VL and anneals it recipe by recipe.
+
+`teacher` answers the demo's questions and judges them. `base` has only learned to see and to add: what annealing and
+BPO start from in the demo and in the experiments. Both begin with the same run of reading.
 
 The work lies in a folder of its own and goes on where it was when it is started again. The finished checkpoint replaces
-sampleworld/teacher only at the end. `python -m sampleworld.evaluate` then measures it.
+the bundled one only at the end. `python -m sampleworld.evaluate` then measures it.
 
-    python -m sampleworld.make_teacher --work .local/teacher
+    python -m sampleworld.make_models teacher --work .local/models
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from sampleworld.rows import RECIPES, recipe_settings
+from sampleworld.rows import MODELS, recipe_settings
 
 HERE = Path(__file__).parent
 CPU_SITE = HERE.parent / "teacher" / "cpu_site"
@@ -28,7 +31,7 @@ CPU_SITE = HERE.parent / "teacher" / "cpu_site"
 def run_program(*arguments: str) -> None:
     """Runs one of the project's programs with this Python. Raises SystemExit: with its status, if it fails."""
     path = os.pathsep.join([str(CPU_SITE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    print(f"[teacher] {' '.join(arguments)}", file=sys.stderr, flush=True)
+    print(f"[models] {' '.join(arguments)}", file=sys.stderr, flush=True)
     status = subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path}, check=False)
     if status.returncode:
         raise SystemExit(status.returncode)
@@ -46,20 +49,18 @@ def write_settings(work: Path, recipe: str, model: Path) -> Path:
     return path
 
 
-def make_teacher(work: Path, out: Path) -> None:
-    """Makes the teacher in `work` and puts its checkpoint at `out`."""
+def make_model(name: str, work: Path, out: Path) -> None:
+    """Makes a model of `MODELS` in `work` and puts its checkpoint at `out`."""
     work.mkdir(parents=True, exist_ok=True)
     model = work / "scratch"
-    if not (work / "rows" / "done").exists():
-        run_program("sampleworld.rows", "--out", str(work / "rows"))
-        (work / "rows" / "done").touch()
+    run_program("sampleworld.rows", "--out", str(work / "rows"), "--recipes", *MODELS[name])
     if not (model / "processor_config.json").exists():
         run_program("training.scratch", "--texts", str(work / "rows" / "texts.txt"), "--out", str(model))
-    for recipe in RECIPES:
+    for recipe in MODELS[name]:
         started = time.monotonic()
         run_program("training.annealing", "--config", str(write_settings(work, recipe, model)))
         model = work / recipe / "model"
-        print(f"[teacher] {recipe}: {time.monotonic() - started:,.0f} s", file=sys.stderr, flush=True)
+        print(f"[models] {recipe}: {time.monotonic() - started:,.0f} s", file=sys.stderr, flush=True)
     install(model, out)
 
 
@@ -77,10 +78,11 @@ def install(model: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path(".local/teacher"), help="folder of the work")
-    parser.add_argument("--out", type=Path, default=HERE / "teacher", help="folder of the finished checkpoint")
+    parser.add_argument("model", choices=sorted(MODELS), help="which model to make")
+    parser.add_argument("--work", type=Path, default=Path(".local/models"), help="folder of the work")
+    parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: the bundled one)")
     arguments = parser.parse_args()
-    make_teacher(arguments.work, arguments.out)
+    make_model(arguments.model, arguments.work, arguments.out or HERE / arguments.model)
 
 
 if __name__ == "__main__":
