@@ -19,6 +19,7 @@ DEMO_CONFIG ?= sampleworld/demo.yaml
 export BIMODE_HOME := $(CURDIR)
 export BIMODE_GPU_PYTHON := $(CURDIR)/.venv-gpu/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_DISABLE_TELEMETRY := 1
 # On a CPU that other work shares, threads that wait by spinning take the time that the working one needs.
 export OMP_WAIT_POLICY ?= PASSIVE
 

@@ -2,6 +2,8 @@
 
 bimode curate --config my.yaml            curate a corpus
 bimode curate --config my.yaml --dry-run  say what would be asked, without asking
+bimode train --config my.yaml             train on a corpus: annealing, BPO, evaluation
+bimode train --config my.yaml --dry-run   say what would run, and what has finished
 bimode up --config my.yaml                start Prefect's server, a worker and the teacher on this machine
 bimode summary --config my.yaml           show where the corpus is and what is in it
 bimode down                               stop what `up` started
@@ -15,11 +17,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from schemas.errors import BimodeError, ConfigError
+from schemas.errors import BimodeError, ConfigError, Interrupted
+from schemas.training_config import PROGRAMS, ProgramName
 
 _HELP = (__doc__ or "").replace("\n\n", "\n\n\b\n", 1)
 """The \\b tells click to keep the lines of the examples as they are."""
@@ -75,6 +78,60 @@ def curate(
         load_run(str(config), teacher_url=teacher_url, workdir=workdir)
         result = curate_flow(str(config.resolve()), teacher_url=teacher_url, workdir=workdir)
         print(json.dumps(result, indent=2) if as_json else _result_text(result))
+
+
+@app.command(
+    epilog="""Examples:
+
+\b
+  bimode train --config sampleworld/train.yaml --dry-run
+  bimode train --config sampleworld/train.yaml
+  bimode train --config sampleworld/train.yaml --only evaluate
+  bimode train --config my.yaml --corpus runs/my-corpus/corpus/v0002""",
+)
+def train(
+    config: Annotated[Path, typer.Option("--config", help="The training configuration, a YAML file.")],
+    only: Annotated[
+        str | None,
+        typer.Option(help="Run this program alone: annealing, bpo or evaluate. Those before it must have finished."),
+    ] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Train on this corpus, or version of one, instead of the configured one.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would run and what has finished, and start nothing.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train on a corpus. Stopped (Ctrl-C) or killed and started again, it goes on from the newest checkpoint."""
+    _prepare_prefect()
+    from flows.train import INTERRUPTED  # noqa: PLC0415 - Prefect takes seconds to import
+    from flows.train import train as train_flow  # noqa: PLC0415
+    from flows.training_plan import load_training, plan_training, render_plan  # noqa: PLC0415
+
+    with _user_errors():
+        program = _program_name(only)
+        plan = plan_training(load_training(str(config)), only=program, corpus=corpus)
+        if dry_run:
+            print(json.dumps(plan.to_record(), indent=2) if as_json else render_plan(plan))
+            return
+        state: Any = train_flow(
+            str(config.resolve() if config.exists() else config), only=program, corpus=corpus, return_state=True
+        )
+        if state.name == INTERRUPTED:
+            raise Interrupted(state.message)
+        result = state.result()
+        print(json.dumps(result, indent=2) if as_json else _training_text(result))
+
+
+def _program_name(name: str | None) -> ProgramName | None:
+    """Returns the program of that name. Raises ConfigError."""
+    for program in PROGRAMS:
+        if name == program:
+            return program
+    if name is not None:
+        raise ConfigError(f"--only {name!r} is no program; choose one of {', '.join(PROGRAMS)}")
+    return None
 
 
 @app.command(epilog="Example: bimode up --config sampleworld/demo.yaml")
@@ -133,6 +190,12 @@ def _result_text(result: dict[str, object]) -> str:
         f"report         {result['report']}",
         f"teacher calls  {result['new_teacher_calls']} made by the last run; all other replies came from the journal",
     ]
+    return "\n".join(lines)
+
+
+def _training_text(result: dict[str, Any]) -> str:
+    lines = [f"corpus     {result['corpus']}"]
+    lines += [f"{program['program']:10} {program['folder']}" for program in result["programs"]]
     return "\n".join(lines)
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import httpx
 
 from corpus.storage import write_text
-from flows import processes
+from flows import processes, supervisor
 from flows.processes import Report, StackError
 from schemas.config import EndpointConfig, RunConfig, ServeConfig, load_config
 from schemas.errors import ConfigError, ServingError
@@ -125,6 +125,8 @@ def up(config_path: Path, *, report: Report) -> StackInfo:
 def down(report: Report) -> None:
     """Stops flow runs, worker, teacher and server, in this order, and keeps all data.
 
+    Training programs have the time of their configuration (`stop_seconds`) to write a checkpoint.
+
     Raises StackError: if a process survives SIGKILL.
     """
     folder = _Folder(project_folder())
@@ -134,6 +136,7 @@ def down(report: Report) -> None:
     with _locked(folder, report):
         # Flow runs first, while the server can still record how they ended.
         processes.stop(_flow_runs(folder), "flow runs", report, with_group=False)
+        _end_training(folder, report)
         _stop_recorded(folder, "worker", report)
         if folder.pid("teacher").exists():
             report("stopping the teacher")
@@ -153,6 +156,30 @@ def status() -> StackInfo:
         worker_pid=processes.recorded_pid(folder.pid("worker")),
         teacher_pid=serving.running_pid(folder.pid("teacher")),
     )
+
+
+def release_teacher(report: Report) -> bool:
+    """Stops the teacher that `up` started, if it runs, so that training has its GPUs; returns whether it did.
+
+    Whoever needs it next starts it again: a curation with a `serve` section, or `up`.
+
+    Raises StackError: another flow run is in work, which may be asking the teacher.
+    """
+    folder = _Folder(project_folder())
+    if not folder.pid("teacher").exists():
+        return False
+    with _locked(folder, report):
+        if serving.running_pid(folder.pid("teacher")) is None:
+            return False
+        others = set(_flow_runs(folder).values()) - {os.environ.get(FLOW_RUN_MARK)}
+        if others:
+            raise StackError(
+                f"the flow run {', '.join(sorted(others))} may be asking the teacher, whose GPUs training needs: wait "
+                "for it or cancel it, or set release_teacher: false"
+            )
+        report("stopping the teacher: training needs its GPUs; the next curation starts it again")
+        serving.stop_server(folder.pid("teacher"))
+    return True
 
 
 def project_folder() -> Path:
@@ -256,9 +283,13 @@ def _call(api_url: str, method: str, path: str, body: dict[str, Any] | None = No
 
 def _deploy(folder: _Folder, report: Report) -> None:
     """Creates the work pool, unless it exists, and deploys `prefect.yaml`."""
-    if _call(folder.api_url, "GET", f"/work_pools/{POOL}") is None:
+    pool = _call(folder.api_url, "GET", f"/work_pools/{POOL}")
+    if pool is None:
         report(f"creating the work pool {POOL}")
         _run_prefect(folder, ["work-pool", "create", POOL, "--type", "process"])
+    if pool is None or pool["concurrency_limit"] is None:
+        # One run at a time: curation (its teacher) and training never share a GPU.
+        _call(folder.api_url, "PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 1})
     report("deploying prefect.yaml")
     _run_prefect(folder, ["deploy", "--all"])
 
@@ -494,6 +525,21 @@ def _flow_runs(folder: _Folder) -> dict[int, str]:
         if FLOW_RUN_MARK in environment and is_leader and any(word.startswith(b"prefect.") for word in command):
             runs[pid] = environment[FLOW_RUN_MARK]
     return runs
+
+
+def _end_training(folder: _Folder, report: Report) -> None:
+    """Waits for the training programs of ended flow runs: their supervisors give them time for a checkpoint."""
+    marked = _marked_processes(folder).values()
+    outputs = {environment[supervisor.MARK] for environment in marked if supervisor.MARK in environment}
+    for output in sorted(outputs):
+        report(f"waiting for the training in {output} to write a checkpoint")
+        seconds = [
+            float(environment[supervisor.STOP_SECONDS]) + supervisor.KILL_SECONDS
+            for environment in marked
+            if environment.get(supervisor.MARK) == output
+        ]
+        if supervisor.end_marked(output, max(seconds)):
+            report("  it did not end and was killed; its newest whole checkpoint is kept")
 
 
 @contextmanager

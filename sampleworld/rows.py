@@ -5,7 +5,8 @@ terse: whole scenes cell by cell, in order or at random; a small model only begi
 are all there is. *Looking* rows say the same in sentences and ask the glance questions. *Question* rows hold every
 family in both modes, with and without the pipeline's own instructions; *judge* rows are the pipeline's own judge
 prompts with their truth. The teacher's second recipe has some of each sort: a run that begins with texts never seen
-before unlearns what the one before it taught. *Skill* rows are for the base: sentences and sums, never a question.
+before unlearns what the one before it taught. *Skill* and *walk* rows are for the base: sentences, sums and visits to
+cells, never a question.
 """
 
 from __future__ import annotations
@@ -39,16 +40,17 @@ from schemas.question import OPTION_LETTERS
 from schemas.samples import Kind, Topic
 from schemas.template import render_completion
 
-RECIPES = ("reading", "looking", "teacher", "base")
+RECIPES = ("reading", "looking", "teacher", "skills", "base")
 """A recipe's place gives the seed of its rows: append new ones."""
-MODELS = {"teacher": ("reading", "looking", "teacher"), "base": ("reading", "base")}
+MODELS = {"teacher": ("reading", "looking", "teacher"), "base": ("reading", "skills", "base")}
 """By model, the recipes it is trained with, one after the other."""
 
 SHARES = {
-    "reading": {"reading": 1.0, "looking": 0.0, "question": 0.0, "judge": 0.0, "skill": 0.0},
-    "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10, "skill": 0.0},
-    "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16, "skill": 0.0},
-    "base": {"reading": 0.10, "looking": 0.40, "question": 0.0, "judge": 0.0, "skill": 0.50},
+    "reading": {"reading": 1.0, "looking": 0.0, "question": 0.0, "judge": 0.0, "skill": 0.0, "walk": 0.0},
+    "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10, "skill": 0.0, "walk": 0.0},
+    "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16, "skill": 0.0, "walk": 0.0},
+    "skills": {"reading": 0.10, "looking": 0.40, "question": 0.0, "judge": 0.0, "skill": 0.50, "walk": 0.0},
+    "base": {"reading": 0.0, "looking": 0.20, "question": 0.0, "judge": 0.0, "skill": 0.20, "walk": 0.60},
 }
 """The share of each sort of rows in each recipe."""
 
@@ -130,6 +132,27 @@ def skill_row(scene: Scene, rng: random.Random) -> TrainingRow:
     return TrainingRow("", user, render_completion(" ".join(sums)))
 
 
+def walk_row(scene: Scene, rng: random.Random) -> TrainingRow:
+    """Returns cells visited one after the other: along the dots, as named in the text, or row by row from the top."""
+    sort = rng.random()
+    name = rng.choice(scene.colours)
+    if sort < 0.55:
+        names = [name]
+        while len(names) < 9:
+            names.append(scene.dots[scene.cell_of(names[-1])])
+        user = f"Follow the dots from the {name} cell."
+    elif sort < 0.85:
+        names = rng.sample(scene.colours, rng.randint(3, 9))
+        user = f"Visit {', '.join(names[:-1])} and {names[-1]}."
+    else:
+        names = list(scene.colours)
+        user = "Visit every cell, row by row."
+    if rng.random() < 0.5:
+        return TrainingRow("", user, render_completion(" ".join(f"{colour}." for colour in names)))
+    facts = [f"{colour} is {scene.digits[scene.cell_of(colour)]}." for colour in names]
+    return TrainingRow("", f"{user} Read the numbers.", render_completion(" ".join(facts)))
+
+
 def answered_row(task: Task, rng: random.Random, *, thinks: bool) -> TrainingRow:
     """Returns a question with its answer in one mode, with or without the instruction that names the final answer."""
     user, answer = question_text(task), task.answer
@@ -191,6 +214,7 @@ SORTS = {
     "question": question_row,
     "judge": judge_row,
     "skill": skill_row,
+    "walk": walk_row,
 }
 
 

@@ -15,7 +15,9 @@ Unpublished, and chosen here: learning rate, batch, g, epsilon, beta, temperatur
 and that the loss is normalised by tokens (with a mean per sequence a long thought drowns its own choice token).
 
 Left out on purpose: a copy of the trainer. What is used of TRL beyond its public face is held by tests.
-The file contract is that of `training.programs`.
+The file contract is that of `training.programs`. A run that was stopped ends with the weights of one that was not where
+transformers generates and each rollout is used once; vLLM draws random numbers of its own, and with
+`updates_per_rollout` above 1 a resumed run draws the rollouts it was using again.
 
     python -m training.bpo --config bpo.yaml
 """

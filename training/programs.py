@@ -181,6 +181,10 @@ class StopOnSignal(TrainerCallback):
         self.received: int | None = None
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if torch.distributed.is_initialized():  # all stop at the same step, whichever was asked first
+            asked = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            self.received = int(asked) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
@@ -238,6 +242,8 @@ def train_to_end(trainer: Any, folder: RunFolder) -> Any:
         output = trainer.train(resume_from_checkpoint=folder.newest_checkpoint())
         if stop.received is None:
             trainer.save_model(str(folder.model))
+        elif torch.distributed.is_initialized():
+            torch.distributed.barrier()  # a launcher ends the others as soon as one is gone
     return output
 
 
@@ -252,9 +258,13 @@ def run_program(
     settings = "\n".join(f"  {name}: {field.description}" for name, field in config_type.model_fields.items())
     parser.epilog = f"settings of the YAML file:\n{settings}"
     parser.add_argument("--config", type=Path, required=True, help="YAML file with the settings below")
+    parser.add_argument("--check", action="store_true", help="only check the settings")
     parsed = parser.parse_args(arguments)
     try:
-        result = program(load_program_config(parsed.config, config_type))
+        config = load_program_config(parsed.config, config_type)
+        if parsed.check:
+            return
+        result = program(config)
     except BimodeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

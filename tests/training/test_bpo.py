@@ -22,14 +22,22 @@ from trl import GRPOTrainer
 from sampleworld.world import GLANCE, STEPS, draw_scene, render_scene
 from schemas.errors import Interrupted, TrainingError
 from schemas.rows import CORPUS_SCHEMA
-from schemas.template import BARE_TURN, CHAT_TEMPLATE, FORCED_PREFIX, ThinkingMode, parse_completion
+from schemas.template import (
+    BARE_TURN,
+    CHAT_TEMPLATE,
+    FORCED_PREFIX,
+    ThinkingMode,
+    parse_completion,
+    render_completion,
+)
 from training import programs
 from training.annealing import AnnealingConfig, anneal
 from training.bpo import BpoConfig, BpoTrainer, bpo, check_images, grpo_arguments
 from training.programs import RunFolder
 from training.questions import load_questions
 from training.rewards import RuleReward
-from training.rollouts import BimodeRollout
+from training.rollouts import BimodeRollout, forced_prefix
+from training.rows import load_rows
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -484,3 +492,22 @@ def test_trl_is_the_version_whose_inner_methods_are_used() -> None:
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters) == arguments
     scored = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     assert scored[:5] == ["self", "model", "input_ids", "attention_mask", "logits_to_keep"]
+
+
+@pytest.mark.parametrize(("mode", "thought"), [(ThinkingMode.LONG, "I see 7."), (ThinkingMode.SHORT, "")])
+def test_a_completion_has_the_same_tokens_in_bpo_as_in_annealing(
+    trainer: BpoTrainer, corpus: Path, mode: ThinkingMode, thought: str
+) -> None:
+    from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+    processor = trainer.processing_class
+    text = render_completion("7", thought)
+    row = load_rows([str(corpus)])[0]
+    row["completion"][0]["content"][0]["text"] = text
+    annealed = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)([row])["input_ids"][0]
+    batch = rolled_out(trainer, [0], copies=4)
+    prompt = batch["prompt_ids"][0][batch["prompt_mask"][0].bool()].tolist()
+    prefix = forced_prefix(processor.tokenizer, mode).token_ids
+    generated = processor.tokenizer.encode(text.removeprefix(FORCED_PREFIX[mode]))
+    end = processor.tokenizer.eos_token_id
+    assert [*prompt, *prefix, *generated, end] == annealed[annealed != processor.tokenizer.pad_token_id].tolist()[:-1]
