@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from filters.kernels import inlined, kernel
 from filters.row_order import RowOrder, is_better
 
 _SMALL = 48
@@ -29,14 +30,14 @@ class Pairs(NamedTuple):
     crowded: Rows
 
 
-def shared_rows(keys: Keys) -> Rows:
-    """Returns the places of all keys that occur more than once, and of some others: a filter before sorting.
+def shared_rows(keys: Keys, active: NDArray[np.bool_] | None = None) -> Rows:
+    """Returns the (active) rows whose key another has too, and some others: a filter before sorting.
 
-    Each key sets one of eight times as many bits; a place passes if its bit was set twice.
+    Each key sets one of eight times as many bits; a row passes if its bit was set twice.
     """
     num_bits = 1 << max(10, int(8 * max(len(keys), 1) - 1).bit_length())
     once, twice = np.zeros(num_bits // 8, np.uint8), np.zeros(num_bits // 8, np.uint8)
-    passes = np.empty(len(keys), np.bool_)
+    passes = np.ones(len(keys), np.bool_) if active is None else active.copy()
     _mark_shared(keys, np.uint64(num_bits - 1), once, twice, passes)
     return np.flatnonzero(passes)
 
@@ -44,17 +45,16 @@ def shared_rows(keys: Keys) -> Rows:
 def bucket_pairs(keys: Keys, rows: Rows, blocks: Keys, answers: Keys, order: RowOrder, num_leaders: int) -> Pairs:
     """Returns the pairs of rows that share a key, lie in one block and do not contradict each other's answers.
 
-    keys: uint64 [num_active], of `rows`, int64 [num_active] in ascending order. blocks, answers, order: of all rows.
-    num_leaders: best rows of a large bucket, per answer, that are paired with its others.
+    keys: uint64 [num_active], of `rows`, int64 [num_active]. blocks, answers, order: of all rows. num_leaders: best
+    rows of a large bucket, per answer, that are paired with its others.
     """
-    places = shared_rows(keys)
-    places = places[np.argsort(keys[places], kind="stable")]
-    sorted_keys, sorted_rows = keys[places], rows[places]
+    by_key = np.argsort(keys)  # in any order within a bucket
+    keys, rows = keys[by_key], rows[by_key]
     num_pairs, num_crowded = _pair_buckets(
-        sorted_keys, sorted_rows, blocks, answers, order, num_leaders, np.empty((0, 2), np.int64), np.empty(0, np.int64)
+        keys, rows, blocks, answers, order, num_leaders, np.empty((0, 2), np.int64), np.empty(0, np.int64)
     )
     pairs, crowded = np.empty((num_pairs, 2), np.int64), np.empty(num_crowded, np.int64)
-    _pair_buckets(sorted_keys, sorted_rows, blocks, answers, order, num_leaders, pairs, crowded)
+    _pair_buckets(keys, rows, blocks, answers, order, num_leaders, pairs, crowded)
     return Pairs(pairs, crowded)
 
 
@@ -76,12 +76,17 @@ def matching_pairs(new: Keys, old: Keys, max_matches: int = 64) -> Rows:
     return np.stack([by_key[np.repeat(starts[joined[:, 0]], sizes) + within], np.repeat(joined[:, 1], sizes)], axis=1)
 
 
-def rows_with_keys(wanted: Keys, keys: Keys) -> Rows:
-    """Returns the places of the keys that are among the wanted ones, in order."""
+def has_key(wanted: Keys, keys: Keys) -> NDArray[np.bool_]:
+    """Returns for each key whether it is among the wanted ones."""
     different = np.unique(wanted)
     found = np.empty(len(keys), np.bool_)
     _mark_members(different, keys, _key_table(different), found)
-    return np.flatnonzero(found)
+    return found
+
+
+def rows_with_keys(wanted: Keys, keys: Keys) -> Rows:
+    """Returns the places of the keys that are among the wanted ones, in order."""
+    return np.flatnonzero(has_key(wanted, keys))
 
 
 class _KeyTable(NamedTuple):
@@ -102,20 +107,21 @@ def _key_table(different: Keys) -> _KeyTable:
     return table
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _mark_shared(keys, mask, once, twice, passes):  # type: ignore[no-untyped-def]
-    for key in keys:
-        place = key & mask
-        bit = np.uint8(1) << np.uint8(place & np.uint64(7))
+    """Clears `passes` where the bit of a key was set once only, by the rows that have it set."""
+    for row in range(len(keys)):
+        place = keys[row] & mask
+        bit = np.uint8(passes[row]) << np.uint8(place & np.uint64(7))
         byte = place >> np.uint64(3)
         twice[byte] |= once[byte] & bit
         once[byte] |= bit
     for row in range(len(keys)):
         place = keys[row] & mask
-        passes[row] = (twice[place >> np.uint64(3)] >> np.uint8(place & np.uint64(7))) & 1
+        passes[row] &= (twice[place >> np.uint64(3)] >> np.uint8(place & np.uint64(7))) & 1
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _may_agree(one, other, blocks, answers):  # type: ignore[no-untyped-def]
     is_consistent = answers[one] == answers[other] or answers[one] == 0 or answers[other] == 0
     return blocks[one] == blocks[other] and is_consistent
@@ -144,7 +150,7 @@ def _pair_buckets(keys, rows, blocks, answers, order, num_leaders, pairs, crowde
     return num_pairs, num_crowded
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _add_pair(pairs, num_pairs, one, other):  # type: ignore[no-untyped-def]
     if num_pairs < len(pairs):
         pairs[num_pairs, 0] = min(one, other)
@@ -192,14 +198,14 @@ def _best(rows, order, number):  # type: ignore[no-untyped-def]
     return best
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _filter_bit(key, bits):  # type: ignore[no-untyped-def]
     """Returns the byte of the filter, and the bit in it, that stand for a key."""
     place = (key >> np.uint64(20)) & np.uint64(8 * len(bits) - 1)
     return place >> np.uint64(3), np.uint8(1) << np.uint8(place & np.uint64(7))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _fill_table(different, table):  # type: ignore[no-untyped-def]
     mask = np.uint64(len(table.slots) - 1)
     for place in range(len(different)):
@@ -211,7 +217,7 @@ def _fill_table(different, table):  # type: ignore[no-untyped-def]
         table.bits[byte] |= bit
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _find_key(different, key, slots, bits):  # type: ignore[no-untyped-def]
     """Returns the place of a key among the different ones, or -1."""
     byte, bit = _filter_bit(key, bits)
@@ -224,13 +230,13 @@ def _find_key(different, key, slots, bits):  # type: ignore[no-untyped-def]
     return slots[slot]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _mark_members(different, keys, table, found):  # type: ignore[no-untyped-def]
     for place in range(len(keys)):
         found[place] = _find_key(different, keys[place], table.slots, table.bits) >= 0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _join(different, old, table, max_matches, num_matches, pairs):  # type: ignore[no-untyped-def]
     """Writes pairs (place among the different keys, place in old) where there is room; returns how many there are."""
     num = 0

@@ -39,7 +39,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from filters.buckets import Keys, Rows, bucket_pairs, matching_pairs, rows_with_keys, shared_rows
+from filters.buckets import Keys, Rows, bucket_pairs, has_key, matching_pairs, shared_rows
 from filters.feature_files import FeatureTable
 from filters.features import Features, PictureNames, joined, sample_features
 from filters.likeness import likeness
@@ -118,23 +118,26 @@ def find_duplicates(
     Time is linear in the new rows, and in the published ones a single pass over 8 bytes a row and band. Neither the
     order of the rows, nor their division into shards, nor the number of threads changes which rows go.
     """
-    search = _Search(new, published or FeatureTable([]), config, num_threads)
     active = np.ones(len(new), np.bool_)
     if left_out is not None:
         active[left_out] = False
-    if config.exact or config.near:
-        search.remove_copies(active, origins)
-        search.remove_published(active)
-    if config.near:
-        search.remove_near(active)
+    with ThreadPoolExecutor(num_threads) as pool:
+        search = _Search(new, published or FeatureTable([]), config, pool)
+        if config.exact or config.near:
+            search.remove_copies(active, origins)
+            search.remove_published(active)
+        if config.near:
+            search.remove_near(active)
     return search.removals()
 
 
 class _Search:
     """One search for duplicates: what is removed so far, by which row and how alike they are."""
 
-    def __init__(self, new: FeatureTable, published: FeatureTable, config: DuplicatesConfig, num_threads: int) -> None:
-        self.new, self.published, self.config, self.num_threads = new, published, config, num_threads
+    def __init__(
+        self, new: FeatureTable, published: FeatureTable, config: DuplicatesConfig, pool: ThreadPoolExecutor
+    ) -> None:
+        self.new, self.published, self.config, self._pool = new, published, config, pool
         self.order = new.order()
         self.resembles = np.full(len(new), -1, np.int64)
         self.similarity = np.zeros(len(new), np.float64)
@@ -161,9 +164,7 @@ class _Search:
     def remove_copies(self, active: NDArray[np.bool_], origins: Origins) -> None:
         """Removes exact duplicates among the new rows: all but the best of each group of equal keys."""
         keys, more = self._exact_keys(self.new)
-        rows = np.flatnonzero(active)
-        rows = rows[shared_rows(keys[rows])]
-        order = self.order
+        rows, order = shared_rows(keys, active), self.order
         rows = rows[np.lexsort((order.id_low[rows], order.id_high[rows], order.goodness[rows], more[rows], keys[rows]))]
         if not len(rows):
             return
@@ -252,8 +253,7 @@ class _Search:
         chunks = [pairs[start : start + _CHUNK_PAIRS] for start in range(0, len(pairs), _CHUNK_PAIRS)]
         if not chunks:
             return np.empty(0, np.float64)
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            return np.concatenate(list(pool.map(lambda chunk: self._chunk_likeness(chunk, second), chunks)))
+        return np.concatenate(list(self._pool.map(lambda chunk: self._chunk_likeness(chunk, second), chunks)))
 
     def _chunk_likeness(self, pairs: Rows, second: FeatureTable) -> NDArray[np.float64]:
         if second is self.new:
@@ -302,11 +302,13 @@ class _NearSearch:
         table = self._search.new
         was_absent, crowded = np.zeros(len(table), np.bool_), np.zeros(len(table), np.bool_)
         for band in range(table.num_bands):
-            rows = np.flatnonzero(self.kept)
             was_absent |= self._compared & ~self.kept
             column = table.column(f"band_{band}")
-            if wanted is not None:
-                rows = rows[rows_with_keys(column[wanted], column[rows])]
+            if wanted is None:
+                rows = shared_rows(column, self.kept)
+            else:
+                rows = np.flatnonzero(self.kept & has_key(column[wanted], column))
+                rows = rows[shared_rows(column[rows])]
             found = bucket_pairs(column[rows], rows, self._blocks, self._answers, self._search.order, num_leaders)
             crowded[found.crowded] = True
             self._add(_different(_pair_codes(found.pairs[:, 0], found.pairs[:, 1])))
@@ -314,10 +316,14 @@ class _NearSearch:
 
     def _add(self, codes: Keys) -> None:
         """Compares the candidate pairs that are new, and decides again which rows are kept if some are alike."""
-        codes = codes[~_is_member(codes, self._seen)]
+        places = np.searchsorted(self._seen, codes)
+        is_new = np.ones(len(codes), np.bool_)
+        if len(self._seen):
+            is_new = self._seen[np.minimum(places, len(self._seen) - 1)] != codes
+        codes = codes[is_new]
         if not len(codes):
             return
-        self._seen = _different(np.concatenate([self._seen, codes]))
+        self._seen = np.insert(self._seen, places[is_new], codes)
         pairs = _coded_pairs(codes)
         alike = self._search.likeness(pairs)
         if np.any(alike >= 0):
@@ -340,13 +346,6 @@ def _different(codes: Keys) -> Keys:
     is_first = np.ones(len(ordered), np.bool_)
     is_first[1:] = ordered[1:] != ordered[:-1]
     return ordered[is_first]
-
-
-def _is_member(codes: Keys, ordered: Keys) -> NDArray[np.bool_]:
-    if not len(ordered):
-        return np.zeros(len(codes), np.bool_)
-    places = np.minimum(np.searchsorted(ordered, codes), len(ordered) - 1)
-    return np.asarray(ordered[places] == codes)
 
 
 def clashing_ids(new: FeatureTable, *, origins: Origins, published: FeatureTable | None = None) -> Clashes:

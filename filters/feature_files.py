@@ -1,7 +1,7 @@
 """The features of many shards on disk, seen as one long table: columns and bands are read one at a time.
 
-Row numbers run through all shards in the order in which they are given. Files are mapped, and given back to the system
-after each reading, so memory holds what is in use, not what was ever touched.
+Row numbers run through all shards in the order in which they are given. Files are mapped, and large ones given back to
+the system after each reading, so memory holds what is in use, not what was ever touched.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from filters.word_table import WordTable
 from schemas.errors import StorageError
 
 _DIGEST = b"digest"
+
+_HELD_BYTES = 1 << 27
+"""Size of all files together up to which their pages are kept: those of more go back to the system after each use."""
 
 
 def write_features(path: Path, features: Features, digest: str = "") -> None:
@@ -86,9 +89,10 @@ class FeatureTable:
         return column
 
     def _release(self) -> None:
-        """Lets the system take back the pages of the files; reading them again costs a fault, not a loss."""
-        for mapped in self._maps:
-            mapped.madvise(mmap.MADV_DONTNEED)
+        """Lets the system take back the pages of large files; reading them again costs a fault, not a loss."""
+        if sum(map(len, self._maps)) > _HELD_BYTES:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
     def order(self) -> RowOrder:
         return RowOrder(self.column("goodness"), self.column("id_high"), self.column("id_low"))

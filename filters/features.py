@@ -7,8 +7,8 @@ later run maps only the columns it needs. Nothing here is a Python object per ro
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from functools import cache
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from filters.flat_texts import FlatTexts
 from filters.hashing import fold64, joined64, xxh64
 from filters.images import FingerprintTable
+from filters.kernels import kernel
 from filters.signatures import BandShape, MinHashScheme, band_keys
 from filters.text_columns import read_texts
 from filters.word_table import WordTable
@@ -216,29 +217,38 @@ def _named(sources: pa.ChunkedArray, names: pa.ChunkedArray) -> Keys:
 def hex_ids(column: pa.ChunkedArray) -> Keys:
     """Returns the 128-bit ids as two numbers that order like the text. Raises ValueError: an id has not 32 digits."""
     texts = FlatTexts.of(column)
-    keys = np.zeros((len(texts), 2), np.uint64)
-    if np.any(np.diff(texts.offsets) != _HEX_CHARACTERS) or not _read_hex(texts.content, texts.offsets, keys):
+    keys = np.empty((len(texts), 2), np.uint64)
+    if np.any(np.diff(texts.offsets) != _HEX_CHARACTERS) or not _read_hex(
+        texts.content, texts.offsets, _hex_values(), keys
+    ):
         raise ValueError("a sample's id must have 32 hexadecimal characters")
     return keys
 
 
-@numba.njit(cache=True, nogil=True)
-def _read_hex(content, offsets, keys):  # type: ignore[no-untyped-def]
+@cache
+def _hex_values() -> NDArray[np.uint8]:
+    """Returns by byte what it means as a digit in base 16, 0xFF for other bytes."""
+    values = np.full(256, 0xFF, np.uint8)
+    for digit in "0123456789abcdefABCDEF":
+        values[ord(digit)] = int(digit, 16)
+    return values
+
+
+@kernel
+def _read_hex(content, offsets, values, keys):  # type: ignore[no-untyped-def]
     """Writes the numbers that 32 digits in base 16 stand for; says whether all were such digits."""
+    seen = np.uint8(0)
     for row in range(len(keys)):
-        for place in range(_HEX_CHARACTERS):
-            digit = content[offsets[row] + place]
-            if 0x30 <= digit <= 0x39:
-                value = digit - 0x30
-            elif 0x61 <= digit <= 0x66:
-                value = digit - 0x61 + 10
-            elif 0x41 <= digit <= 0x46:
-                value = digit - 0x41 + 10
-            else:
-                return False
-            half = place // 16
-            keys[row, half] = (keys[row, half] << np.uint64(4)) | np.uint64(value)
-    return True
+        place = np.uintp(offsets[row])
+        for half in range(2):
+            key = np.uint64(0)
+            for _ in range(_HEX_CHARACTERS // 2):
+                value = values[content[place]]
+                seen |= value
+                key = (key << np.uint64(4)) | np.uint64(value)
+                place += np.uintp(1)
+            keys[row, half] = key
+    return seen < 0x10
 
 
 def string_keys(column: pa.Array | pa.ChunkedArray) -> Keys:
@@ -263,19 +273,19 @@ def folded_lists(keys: Keys, offsets: NDArray[np.int64]) -> Keys:
     return out
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _hash_rows(content, offsets, out):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         out[row] = xxh64(content, offsets[row], offsets[row + 1], np.uint64(0))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _join(first, second, out):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         out[row] = joined64(first[row], second[row])
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _fold(keys, offsets, out):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         state = np.uint64(offsets[row + 1] - offsets[row])
@@ -284,7 +294,7 @@ def _fold(keys, offsets, out):  # type: ignore[no-untyped-def]
         out[row] = state
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def copy_rows(values, starts, offsets, out):  # type: ignore[no-untyped-def]
     """Copies rows of flat values, from `starts`, to where `offsets` [num_rows + 1] say in `out`."""
     for row in range(len(starts)):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from functools import cache
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from filters import normalise
+from filters.kernels import kernel
 from filters.shingles import empty_table, mark_shingles, scratch_for, slot_of
 from filters.word_table import WordTable, is_in_set, word_set
 
@@ -34,10 +34,11 @@ def likeness(
     interpreter lock while it works.
     """
     other = context or WordTable.of_empty_rows(len(table))
-    out = np.empty(len(pairs), np.float64)
+    out, scratch = np.empty(len(pairs), np.float64), scratch_for(table, other, shingle_words)
     _compare_pairs(
-        table.hashes, table.offsets, other.hashes, other.offsets, pairs, threshold, shingle_words, _fillers(), out
-    )
+        table.hashes, table.offsets, other.hashes, other.offsets, pairs, threshold, shingle_words, _fillers(), scratch,
+        np.empty((2, table.longest), np.int64), out,
+    )  # fmt: skip
     return out
 
 
@@ -46,11 +47,8 @@ def _fillers() -> NDArray[np.uint64]:
     return word_set(normalise._FILLERS)
 
 
-@numba.njit(cache=True, nogil=True)
-def _compare_pairs(words, offsets, other, other_offsets, pairs, threshold, size, fillers, out):  # type: ignore[no-untyped-def]
-    scratch = scratch_for(offsets, other_offsets, size)
-    longest = len(scratch.padded)
-    places, other_places = np.empty(longest, np.int64), np.empty(longest, np.int64)
+@kernel
+def _compare_pairs(words, offsets, other, other_offsets, pairs, threshold, size, fillers, scratch, places, out):  # type: ignore[no-untyped-def]
     for place in range(len(pairs)):
         one, two = pairs[place, 0], pairs[place, 1]
         found = _jaccard(words, offsets, other, other_offsets, one, two, size, scratch)
@@ -59,12 +57,12 @@ def _compare_pairs(words, offsets, other, other_offsets, pairs, threshold, size,
             continue
         empty_table(scratch)
         first, second = words[offsets[one] : offsets[one + 1]], words[offsets[two] : offsets[two + 1]]
-        num = _count_words(first, fillers, scratch.keys, scratch.stamps, scratch.marks, 0, places)
-        num_other = _count_words(second, fillers, scratch.keys, scratch.stamps, scratch.marks, 1, other_places)
-        out[place] = found if _is_same_order(places[:num], other_places[:num_other], scratch.marks) else -1.0
+        num = _count_words(first, fillers, scratch.keys, scratch.stamps, scratch.marks, 0, places[0])
+        num_other = _count_words(second, fillers, scratch.keys, scratch.stamps, scratch.marks, 1, places[1])
+        out[place] = found if _is_same_order(places[0, :num], places[1, :num_other], scratch.marks) else -1.0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _jaccard(words, offsets, other, other_offsets, one, two, size, scratch):  # type: ignore[no-untyped-def]
     """Returns the Jaccard similarity of two rows' shingles without those of their contexts; of nothing, 1."""
     empty_table(scratch)
@@ -80,7 +78,7 @@ def _jaccard(words, offsets, other, other_offsets, one, two, size, scratch):  # 
     return num_shared / num_all if num_all else 1.0
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _count_words(words, fillers, keys, stamps, marks, side, places):  # type: ignore[no-untyped-def]
     """Counts in marks[:, side] the words that are no fillers, writes their slots in order; returns their number."""
     num, use = 0, stamps[-1]
@@ -93,7 +91,7 @@ def _count_words(words, fillers, keys, stamps, marks, side, places):  # type: ig
     return num
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _is_same_order(first, second, counts):  # type: ignore[no-untyped-def]
     """Says whether the words that occur equally often in both come in the same order. first, second: their slots."""
     one, two = 0, 0

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from filters.kernels import inlined
 
 
 class RowOrder(NamedTuple):
@@ -21,7 +22,7 @@ class RowOrder(NamedTuple):
     id_low: NDArray[np.uint64]
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def is_better(one, other, order):  # type: ignore[no-untyped-def]
     """Says whether row `one` comes before row `other`."""
     if order.goodness[one] != order.goodness[other]:

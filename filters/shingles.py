@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from filters.hashing import FOLD_BASE, fold64, folded64, folding_end64
+from filters.hashing import fold64, folded64, folding_end64
+from filters.kernels import inlined, kernel
 from filters.word_table import EMPTY_WORD, WordTable, word_hash
 
 
@@ -41,17 +41,15 @@ def shingle_hash(shingle: bytes) -> int:
 def num_own_shingles(table: WordTable, size: int, context: WordTable) -> NDArray[np.int32]:
     """Returns how many distinct shingles each row has that its context lacks."""
     out = np.empty(len(table), np.int32)
-    _count_own(table.hashes, table.offsets, context.hashes, context.offsets, size, out)
+    scratch = scratch_for(table, context, size)
+    _count_own(table.hashes, table.offsets, context.hashes, context.offsets, size, scratch, out)
     return out
 
 
-@numba.njit(cache=True, nogil=True)
-def scratch_for(offsets, other_offsets, size):  # type: ignore[no-untyped-def]
+def scratch_for(table: WordTable, context: WordTable, size: int) -> Scratch:
     """Returns room for one row of either table at a time, or for two and their contexts in the hash table."""
-    longest = max(_longest_row(offsets), _longest_row(other_offsets)) + 2 * size
-    num_slots = 16
-    while num_slots < 8 * longest:
-        num_slots *= 2
+    longest = max(table.longest, context.longest) + 2 * size
+    num_slots = max(16, 1 << (8 * longest - 1).bit_length())
     return Scratch(
         np.empty(longest, np.uint64),
         np.empty(longest, np.uint64),
@@ -61,44 +59,38 @@ def scratch_for(offsets, other_offsets, size):  # type: ignore[no-untyped-def]
     )
 
 
-@numba.njit(cache=True, nogil=True)
-def _longest_row(offsets):  # type: ignore[no-untyped-def]
-    longest = 0
-    for row in range(len(offsets) - 1):
-        longest = max(longest, offsets[row + 1] - offsets[row])
-    return longest
-
-
-@numba.njit(cache=True, nogil=True)
+@kernel
 def shingle_hashes(words, start, end, size, scratch):  # type: ignore[no-untyped-def]
-    """Writes the hash of each shingle of words[start:end] to `scratch.hashes` and returns their number."""
+    """Writes the hash of each shingle of words[start:end] to `scratch.hashes` and returns their number.
+
+    One pass over the row for each word of a shingle: no step waits for the one before, so they run side by side.
+    """
     padded, hashes, num_words = scratch.padded, scratch.hashes, end - start
-    padded[:size] = EMPTY_WORD
-    padded[size : size + num_words] = words[start:end]
-    padded[size + num_words : num_words + 2 * size] = EMPTY_WORD
-    state, power = np.uint64(0), np.uint64(1)
-    for _ in range(size):
-        state, power = folded64(state, EMPTY_WORD), power * FOLD_BASE
-    num_shingles = num_words + size - 1
+    num_padding = size - 1
+    num_shingles = num_words + num_padding
+    padded[:num_padding] = EMPTY_WORD
+    for place in range(np.uintp(num_words)):
+        padded[np.uintp(num_padding) + place] = words[np.uintp(start) + place]
+    padded[num_shingles : num_shingles + num_padding] = EMPTY_WORD
     for place in range(np.uintp(num_shingles)):
-        entering, leaving = padded[place + np.uintp(size)], padded[place]
-        state = folded64(state, entering) - leaving * power
-        hashes[place] = folding_end64(state, np.uint64(size))
+        hashes[place] = padded[place]
+    for word in range(np.uintp(1), np.uintp(size)):
+        for place in range(np.uintp(num_shingles)):
+            hashes[place] = folded64(hashes[place], padded[place + word])
+    for place in range(np.uintp(num_shingles)):
+        hashes[place] = folding_end64(hashes[place], np.uint64(size))
     return num_shingles
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def empty_table(scratch):  # type: ignore[no-untyped-def]
     """Empties the hash table of the scratch room."""
     scratch.stamps[-1] += 1
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def slot_of(keys, stamps, marks, use, key):  # type: ignore[no-untyped-def]
-    """Returns the slot of a key in the hash table; a new key is put there, with marks of 0.
-
-    The arrays of the scratch room come one by one: taken out of it here, each would be counted in and out.
-    """
+    """Returns the slot of a key in the hash table; a new key is put there, with marks of 0."""
     mask = np.uint64(len(keys) - 1)
     slot = key & mask
     while stamps[slot] == use and keys[slot] != key:
@@ -109,7 +101,7 @@ def slot_of(keys, stamps, marks, use, key):  # type: ignore[no-untyped-def]
     return slot
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def mark_shingles(words, start, end, size, scratch, mark, unless, other):  # type: ignore[no-untyped-def]
     """Sets the bit `mark` of a row's shingles that have none of the bits `unless`.
 
@@ -119,7 +111,7 @@ def mark_shingles(words, start, end, size, scratch, mark, unless, other):  # typ
     return _mark(scratch.hashes[:num], scratch.keys, scratch.stamps, scratch.marks, mark, unless, other)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _mark(hashes, keys, stamps, marks, mark, unless, other):  # type: ignore[no-untyped-def]
     num_marked, num_shared, use = 0, 0, stamps[-1]
     for key in hashes:
@@ -132,7 +124,7 @@ def _mark(hashes, keys, stamps, marks, mark, unless, other):  # type: ignore[no-
     return num_marked, num_shared
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def own_shingles(words, start, end, other, other_start, other_end, size, scratch):  # type: ignore[no-untyped-def]
     """Writes the distinct hashes of a row's shingles without its context's to `scratch.hashes`; returns the number."""
     empty_table(scratch)
@@ -142,7 +134,7 @@ def own_shingles(words, start, end, other, other_start, other_end, size, scratch
     return _keep_new(scratch.hashes[:num], scratch.keys, scratch.stamps, scratch.marks)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _keep_new(hashes, keys, stamps, marks):  # type: ignore[no-untyped-def]
     """Moves the hashes without a mark to the front, each once, and marks them; returns their number."""
     num_new, use = 0, stamps[-1]
@@ -155,9 +147,8 @@ def _keep_new(hashes, keys, stamps, marks):  # type: ignore[no-untyped-def]
     return num_new
 
 
-@numba.njit(cache=True, nogil=True)
-def _count_own(words, offsets, other, other_offsets, size, out):  # type: ignore[no-untyped-def]
-    scratch = scratch_for(offsets, other_offsets, size)
+@kernel
+def _count_own(words, offsets, other, other_offsets, size, scratch, out):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         out[row] = own_shingles(
             words, offsets[row], offsets[row + 1], other, other_offsets[row], other_offsets[row + 1], size, scratch

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
-import numba
 import numpy as np
 from datasketch import MinHash, MinHashLSH
 from numpy.typing import NDArray
 
 from filters.hashing import folded64, folding_end64, joined64
-from filters.shingles import own_shingles, scratch_for, shingle_hash, shingle_hashes
+from filters.kernels import inlined, kernel
+from filters.shingles import Scratch, own_shingles, scratch_for, shingle_hash, shingle_hashes
 from filters.word_table import WordTable
 
 _WEIGHTS = (0.02, 0.98)
@@ -24,6 +25,9 @@ _WEIGHTS = (0.02, 0.98)
 missed one stays in the corpus. At 0.8 with 128 permutations: 17 bands of 7, by which pairs at the threshold become
 candidates with probability 0.98, at 0.85 with 0.999. The default weighs both alike and takes 9 bands of 13: 0.40 and
 0.69."""
+
+_AT_ONCE = 4
+"""Shingles that are permuted in one pass over a signature, which is read and written as many times less often."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +83,9 @@ def sign(table: WordTable, scheme: MinHashScheme, context: WordTable | None = No
     """
     out = np.empty((len(table), scheme.num_permutations), np.uint32)
     other = context or WordTable.of_empty_rows(len(table))
-    permutations = scheme.permutations()
-    _sign_rows(table.hashes, table.offsets, other.hashes, other.offsets, scheme.shingle_words, permutations, out)
+    room = _Room.of(table, other, scheme)
+    size, permutations = scheme.shingle_words, scheme.permutations()
+    _sign_rows(table.hashes, table.offsets, other.hashes, other.offsets, size, permutations, room, out)
     return out
 
 
@@ -97,52 +102,78 @@ def band_keys(
     """
     out = np.empty((shape.num_bands, len(table)), np.uint64)
     other = context or WordTable.of_empty_rows(len(table))
-    used = np.ascontiguousarray(scheme.permutations()[:, : shape.num_bands * shape.num_rows])
-    size, num_rows = scheme.shingle_words, shape.num_rows
-    _band_rows(table.hashes, table.offsets, other.hashes, other.offsets, size, used, blocks, num_rows, out)
+    room = _Room.of(table, other, scheme)
+    size, permutations, num_rows = scheme.shingle_words, scheme.permutations(), shape.num_rows
+    _band_rows(
+        table.hashes, table.offsets, other.hashes, other.offsets, size, permutations, room, blocks, num_rows, out
+    )
     return out
 
 
-@numba.njit(cache=True, nogil=True)
-def _sign_row(words, start, end, other, other_start, other_end, size, permutations, scratch, out):  # type: ignore[no-untyped-def]
+class _Room(NamedTuple):
+    """Room to work in. values: uint32, what is permuted of each shingle. signature: uint32 [num_permutations]."""
+
+    scratch: Scratch
+    values: NDArray[np.uint32]
+    signature: NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, table: WordTable, context: WordTable, scheme: MinHashScheme) -> _Room:
+        scratch = scratch_for(table, context, scheme.shingle_words)
+        values = np.empty(len(scratch.hashes) + _AT_ONCE, np.uint32)
+        return cls(scratch, values, np.empty(scheme.num_permutations, np.uint32))
+
+
+@kernel
+def _sign_row(words, start, end, other, other_start, other_end, size, permutations, room, out):  # type: ignore[no-untyped-def]
     """Writes the signature of a row to `out`, uint32 [num_permutations]."""
     if other_end > other_start:
-        num = own_shingles(words, start, end, other, other_start, other_end, size, scratch)
+        num = own_shingles(words, start, end, other, other_start, other_end, size, room.scratch)
     else:
-        num = shingle_hashes(words, start, end, size, scratch)
+        num = shingle_hashes(words, start, end, size, room.scratch)
+    hashes, values = room.scratch.hashes, room.values
     factors, summands = permutations[0], permutations[1]
-    out[:] = np.uint32(0xFFFFFFFF)
-    for place in range(num):
-        value = np.uint32(scratch.hashes[place] & np.uint64(0xFFFFFFFF))
+    for place in range(np.uintp(num)):
+        value = np.uint32(hashes[place] & np.uint64(0xFFFFFFFF))
         value = np.uint32(np.uint32(value ^ (value >> np.uint32(16))) * np.uint32(0x85EBCA6B))
         value = np.uint32(np.uint32(value ^ (value >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-        value = np.uint32(value ^ (value >> np.uint32(16)))
+        values[place] = np.uint32(value ^ (value >> np.uint32(16)))
+    out[:] = np.uint32(0xFFFFFFFF)
+    for place in range(num, num + (-num) % _AT_ONCE if num else 0):
+        values[place] = values[0]  # the minimum is the same however often a value takes part
+    for place in range(np.uintp(0), np.uintp(num), np.uintp(_AT_ONCE)):
+        one, two, three, four = values[place], values[place + 1], values[place + 2], values[place + 3]
         for k in range(len(out)):
-            permuted = np.uint32(np.uint32(factors[k] * value) + summands[k])
-            out[k] = min(out[k], permuted)
+            factor, summand = factors[k], summands[k]
+            first = min(_permuted(one, factor, summand), _permuted(two, factor, summand))
+            second = min(_permuted(three, factor, summand), _permuted(four, factor, summand))
+            out[k] = min(out[k], first, second)
 
 
-@numba.njit(cache=True, nogil=True)
-def _sign_rows(words, offsets, other, other_offsets, size, permutations, out):  # type: ignore[no-untyped-def]
-    scratch = scratch_for(offsets, other_offsets, size)
+@inlined
+def _permuted(value, factor, summand):  # type: ignore[no-untyped-def]
+    return np.uint32(np.uint32(factor * value) + summand)
+
+
+@kernel
+def _sign_rows(words, offsets, other, other_offsets, size, permutations, room, out):  # type: ignore[no-untyped-def]
     for row in range(len(out)):
         _sign_row(
             words, offsets[row], offsets[row + 1], other, other_offsets[row], other_offsets[row + 1], size,
-            permutations, scratch, out[row],
+            permutations, room, out[row],
         )  # fmt: skip
 
 
-@numba.njit(cache=True, nogil=True)
-def _band_rows(words, offsets, other, other_offsets, size, permutations, blocks, num_rows, out):  # type: ignore[no-untyped-def]
-    scratch = scratch_for(offsets, other_offsets, size)
-    signature = np.empty(permutations.shape[1], np.uint32)
+@kernel
+def _band_rows(words, offsets, other, other_offsets, size, permutations, room, blocks, num_rows, out):  # type: ignore[no-untyped-def]
+    signature = room.signature
     for row in range(out.shape[1]):
         _sign_row(
             words, offsets[row], offsets[row + 1], other, other_offsets[row], other_offsets[row + 1], size,
-            permutations, scratch, signature,
+            permutations, room, signature,
         )  # fmt: skip
-        for band in range(len(out)):
+        for band in range(np.uintp(len(out))):
             key = joined64(blocks[row], np.uint64(band))
-            for value in signature[band * num_rows : (band + 1) * num_rows]:
-                key = folded64(key, np.uint64(value))
+            for place in range(band * np.uintp(num_rows), (band + np.uintp(1)) * np.uintp(num_rows)):
+                key = folded64(key, np.uint64(signature[place]))
             out[band, row] = folding_end64(key, np.uint64(num_rows))

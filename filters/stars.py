@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from filters.buckets import Rows
+from filters.kernels import kernel
 from filters.row_order import RowOrder, is_better
 
 _MAX_SWEEPS = 64
@@ -70,14 +70,14 @@ def representatives(edges: Edges, kept: NDArray[np.bool_], order: RowOrder) -> t
     return found, values
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _put_better_first(better, worse, order):  # type: ignore[no-untyped-def]
     for edge in range(len(better)):
         if is_better(worse[edge], better[edge], order):
             better[edge], worse[edge] = worse[edge], better[edge]
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _sweep(better, worse, rows, state, has_kept, waits):  # type: ignore[no-untyped-def]
     """Decides every row whose better neighbours are decided; says whether rows are left undecided."""
     for row in rows:
@@ -98,7 +98,7 @@ def _sweep(better, worse, rows, state, has_kept, waits):  # type: ignore[no-unty
     return is_left
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _visit(better, worse, state):  # type: ignore[no-untyped-def]
     """Decides rows one by one; edges are sorted by their worse row, best first."""
     start = 0
@@ -111,7 +111,7 @@ def _visit(better, worse, state):  # type: ignore[no-untyped-def]
         start = end
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _find_best(better, worse, likeness, kept, order, found, values):  # type: ignore[no-untyped-def]
     for edge in range(len(better)):
         row, other = worse[edge], better[edge]

@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple, TypeVar
 
-import numba
 import numpy as np
 import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
 from filters import normalise
+from filters.ascii_masks import AsciiRoom, ascii_room, ascii_traits, letter_runs, next_sign, pad_ascii
 from filters.flat_texts import FlatTexts
 from filters.hashing import fold64, folded64, folding_end64, word64, xxh64
+from filters.kernels import inlined, kernel
 from filters.normalise import decisive_tokens, normalise_text, tokens
 from filters.token_table import TokenTable
 from filters.word_table import WordTable, is_in_set, word_hash, word_set
@@ -119,8 +120,8 @@ def _read(texts: FlatTexts, *, with_tokens: bool) -> tuple[_Found, NDArray[np.ui
     size = int(texts.offsets[-1] - texts.offsets[0])
     words = np.empty(size + 1, np.uint64)  # as many as characters: pages that stay untouched take no memory
     text = np.empty(2 * size + 8 if with_tokens else 0, np.uint8)
-    tables = code_tables()
-    num_words = _read_rows(texts.content, texts.offsets, texts.longest, tables, words, text, found)
+    room = _Room.of(texts.longest)
+    num_words = _read_rows(texts.content, texts.offsets, code_tables(), room, words, text, found)
     return found, words[:num_words].copy(), text
 
 
@@ -201,35 +202,52 @@ def _composing_codes() -> set[int]:
     return found | set(range(0x1100, 0x1200))
 
 
-@numba.njit(cache=True, nogil=True)
-def _read_rows(raw, offsets, longest, tables, words, text, found):  # type: ignore[no-untyped-def]
+class _Room(NamedTuple):
+    """Room to work on one text in: ascii for texts in ASCII, codes and content for others, edges for their tokens.
+
+    codes: int32, code points. content: uint8, the same in UTF-8. edges: int64, where each token begins and ends, in
+    turn. bounds: int64, the same in `content`.
+    """
+
+    ascii: AsciiRoom
+    codes: NDArray[np.int32]
+    content: NDArray[np.uint8]
+    edges: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, longest: int) -> _Room:
+        size = longest + 8
+        edges, bounds = np.empty(2 * size, np.int64), np.empty(2 * size, np.int64)
+        return cls(ascii_room(longest), np.empty(size, np.int32), np.empty(size, np.uint8), edges, bounds)
+
+
+@kernel
+def _read_rows(raw, offsets, tables, room, words, text, found):  # type: ignore[no-untyped-def]
     """Fills `words`, `text` (if it has room) and `found`; returns the number of words. A slow row gets none."""
-    codes, content = np.empty(longest + 4, np.int32), np.empty(longest + 8, np.uint8)
-    starts, identity = np.empty(longest + 4, np.int64), np.arange(longest + 4)
     num_words, end = 0, 0
     for row in range(len(offsets) - 1):
-        size = _plain_ascii(raw, offsets[row], offsets[row + 1], content)
+        size = _plain_ascii(raw, offsets[row], offsets[row + 1], room.ascii)
         if size >= 0:
-            _fold_ascii(content, size)
+            content = room.ascii.content
             first, last = _trimmed(content, size, tables.flags)
             start, stop = first, last
-            new_words, end, found.decisive[row] = _find_words(
-                content, first, last, content, identity, tables, words[num_words:], text, end
+            num_edges = _ascii_edges(room.ascii, last, tables.kinds, room.edges)
+            new_words, end, found.decisive[row] = _hash_words(
+                content, room.edges, content, room.edges, num_edges, tables, words, num_words, text, end
             )
         else:
+            codes, content = room.codes, room.content
             size = _plain_codes(raw, offsets[row], offsets[row + 1], tables, codes)
             size = _fold_codes(codes, size, tables) if size >= 0 else size
             if size < 0:
                 found.slow[row], found.ends[row] = True, end
                 continue
             first, last = _trimmed(codes, size, tables.flags)
-            start, stop = 0, 0
-            for place in range(first, last):
-                starts[place] = stop
-                stop = _put(content, stop, codes[place])
-            starts[last] = stop
-            new_words, end, found.decisive[row] = _find_words(
-                codes, first, last, content, starts, tables, words[num_words:], text, end
+            num_edges = _code_edges(codes, first, last, tables.kinds, room.edges)
+            start, stop = 0, _encode(codes, first, last, content, room.edges, num_edges, room.bounds)
+            new_words, end, found.decisive[row] = _hash_words(
+                codes, room.edges, content, room.bounds, num_edges, tables, words, num_words, text, end
             )
         found.exact[row, 0] = xxh64(content, start, stop, np.uint64(_EXACT_SEEDS[0]))
         found.exact[row, 1] = xxh64(content, start, stop, np.uint64(_EXACT_SEEDS[1]))
@@ -238,32 +256,55 @@ def _read_rows(raw, offsets, longest, tables, words, text, found):  # type: igno
     return num_words
 
 
-@numba.njit(cache=True, nogil=True)
-def _plain_ascii(raw, start, end, content):  # type: ignore[no-untyped-def]
-    """Writes `plain_text` of a text in ASCII and returns its size; -1 for other texts. Without branches, so steady."""
-    size, seen, wants_space = np.uintp(0), np.uint8(0), np.uintp(0)
+@kernel
+def _encode(codes, first, last, content, edges, num_edges, bounds):  # type: ignore[no-untyped-def]
+    """Writes code points in UTF-8, and to `bounds` where those at `edges` lie; returns the number of bytes."""
+    size, edge = 0, 0
+    for place in range(first, last + 1):
+        while edge < num_edges and edges[edge] == place:
+            bounds[edge] = size
+            edge += 1
+        if place < last:
+            size = _put(content, size, codes[place])
+    return size
+
+
+@inlined
+def _plain_ascii(raw, start, end, room):  # type: ignore[no-untyped-def]
+    """Writes `plain_text` of a text in ASCII, its case folded, and its masks; returns its size, -1 for other texts."""
+    content, size = room.content, end - start
+    for place in range(np.uintp(size)):
+        content[place] = raw[np.uintp(start) + place]
+    pad_ascii(room, size)
+    traits = ascii_traits(room, size)
+    if not traits.is_ascii:
+        return -1
+    if not traits.is_tidy:
+        size = _single_spaced(raw, start, end, content)
+        pad_ascii(room, size)
+        ascii_traits(room, size)
+    if traits.has_upper:
+        _fold_ascii(content, size, not traits.has_lower)
+    return size
+
+
+@kernel
+def _single_spaced(raw, start, end, content):  # type: ignore[no-untyped-def]
+    """Writes a text in ASCII with single spaces between its words and returns its size. Without branches, so steady."""
+    size, wants_space = np.uintp(0), np.uintp(0)
     for place in range(np.uintp(start), np.uintp(end)):
         byte = raw[place]
-        seen |= byte
         is_sign = np.uintp((byte > 0x20) & (byte != 0x7F))
         content[size] = byte if is_sign else np.uint8(0x20)
         size += is_sign | wants_space
         wants_space = is_sign
-    if seen >= 0x80:
-        return -1
     return np.int64(size) - (size > np.uintp(0) and wants_space == np.uintp(0))
 
 
-@numba.njit(cache=True, nogil=True)
-def _fold_ascii(content, size):  # type: ignore[no-untyped-def]
+@kernel
+def _fold_ascii(content, size, is_upper):  # type: ignore[no-untyped-def]
     """Folds the case of a text in ASCII in place as `_fold_case` does: only runs with a capital can change."""
-    has_lower, has_upper = False, False
-    for place in range(np.uintp(size)):
-        has_lower |= 0x61 <= content[place] <= 0x7A
-        has_upper |= 0x41 <= content[place] <= 0x5A
-    if not has_upper:
-        return
-    is_shouted = not has_lower and _has_long_run(content, size)
+    is_shouted = is_upper and _has_long_run(content, size)
     place = 0
     while place < size:
         if not 0x41 <= content[place] <= 0x5A:
@@ -283,7 +324,7 @@ def _fold_ascii(content, size):  # type: ignore[no-untyped-def]
         place = end
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _has_long_run(content, size):  # type: ignore[no-untyped-def]
     run = 0
     for place in range(size):
@@ -293,7 +334,7 @@ def _has_long_run(content, size):  # type: ignore[no-untyped-def]
     return False
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _put(content, size, code):  # type: ignore[no-untyped-def]
     """Appends a code point in UTF-8 and returns the new size."""
     if code < 0x80:
@@ -315,7 +356,7 @@ def _put(content, size, code):  # type: ignore[no-untyped-def]
     return size + 4
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _plain_codes(raw, start, end, tables, chars):  # type: ignore[no-untyped-def]
     """Writes the code points of `plain_text` and returns their number; -1 for a row that needs Python."""
     size, place = 0, start
@@ -359,7 +400,7 @@ def _plain_codes(raw, start, end, tables, chars):  # type: ignore[no-untyped-def
     return size - 1 if size and was_space else size
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _fold_codes(chars, size, tables):  # type: ignore[no-untyped-def]
     """Folds the case in place as `_fold_case` does and returns the number; -1 if a letter has no simple folding."""
     flags = tables.flags
@@ -399,12 +440,12 @@ def _fold_codes(chars, size, tables):  # type: ignore[no-untyped-def]
     return size
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _is_ascii_letter(code):  # type: ignore[no-untyped-def]
     return 0x41 <= code <= 0x5A or 0x61 <= code <= 0x7A
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _is_one_case(chars, start, end, flags):  # type: ignore[no-untyped-def]
     """Says whether str.islower() or str.istitle() holds for a run of letters."""
     has_lower, has_upper, is_title, was_cased = False, False, True, False
@@ -421,7 +462,7 @@ def _is_one_case(chars, start, end, flags):  # type: ignore[no-untyped-def]
     return (has_lower and not has_upper) or (is_title and (has_lower or has_upper))
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _trimmed(chars, size, flags):  # type: ignore[no-untyped-def]
     """Returns start and end of the text without closing punctuation; of the whole text, if nothing else is left."""
     end = size
@@ -436,7 +477,7 @@ def _trimmed(chars, size, flags):  # type: ignore[no-untyped-def]
     return (start, end) if start < end else (0, size)
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _may_be_factorial(chars, place, flags):  # type: ignore[no-untyped-def]
     if not place:
         return False
@@ -445,46 +486,81 @@ def _may_be_factorial(chars, place, flags):  # type: ignore[no-untyped-def]
     return (before & (_DIGIT | _BRACKET)) != 0 or is_lone_letter
 
 
-@numba.njit(cache=True, nogil=True)
-def _find_words(chars, first, last, content, starts, tables, words, text, end):  # type: ignore[no-untyped-def]
-    """Writes the hashes of the tokens of chars[first:last], and the tokens to `text` from `end` on if it has room.
+@inlined
+def _ascii_edges(room, last, kinds, edges):  # type: ignore[no-untyped-def]
+    """Writes where each token of a text in ASCII begins and ends, in turn; returns the number of places.
 
-    starts: by character, its place in `content`, the same in UTF-8. Returns the number of tokens, the new end of the
-    text, and the digest of the decisive tokens.
+    Runs of letters are tokens, but for those that a token around a sign takes in: "don't", "\\alpha".
     """
-    flags, kinds, slots = tables.flags, tables.kinds, tables.words
-    num_words, num_decisive, decisive, place, has_text = 0, 0, np.uint64(0), first, len(text) > 0
-    row_start = end
+    sign = next_sign(room, 0, last)
+    if sign == last:
+        return letter_runs(room.letters, last, edges)
+    content, runs = room.content, room.runs
+    num_runs, run, num, stop = letter_runs(room.letters, last, runs), 0, 0, 0
+    while sign < last:
+        while run < num_runs and runs[run] < sign:
+            edges[num], edges[num + 1] = runs[run], runs[run + 1]
+            num += 2 if runs[run] >= stop else 0
+            run += 2
+        follows_word = num > 0 and edges[num - 1] == sign and _is_letter(kinds[content[edges[num - 2]]])
+        if follows_word and kinds[content[sign]] == _QUOTE:
+            stop = _word_end(content, edges[num - 2], last, kinds)
+            edges[num - 1] = stop
+        if stop <= sign:
+            stop = _token_end(content, sign, 0, last, kinds)
+            edges[num], edges[num + 1] = sign, stop
+            num += 2 if stop > sign else 0
+        sign = next_sign(room, max(sign + 1, stop), last)
+    for place in range(run, num_runs, 2):
+        edges[num], edges[num + 1] = runs[place], runs[place + 1]
+        num += 2 if runs[place] >= stop else 0
+    return num
+
+
+@kernel
+def _code_edges(chars, first, last, kinds, edges):  # type: ignore[no-untyped-def]
+    """Writes where each token of code points begins and ends, in turn; returns the number of places."""
+    num, place = 0, first
     while place < last:
-        if kinds[chars[np.uintp(place)]] == _S:
+        stop = place if kinds[chars[place]] == _S else _token_end(chars, place, first, last, kinds)
+        if stop <= place:
             place += 1
             continue
-        stop = place
-        while stop < last and kinds[chars[np.uintp(stop)]] == _A:  # most tokens are plain words: read in one go
-            stop += 1
-        if stop == place or (stop < last and kinds[chars[np.uintp(stop)]] in (_L, _QUOTE)):
-            stop = _token_end(chars, place, first, last, kinds)
-            if stop <= place:
-                place += 1
-                continue
-        word = word64(content, starts[np.uintp(place)], starts[np.uintp(stop)])
-        words[np.uintp(num_words)] = word
-        num_words += 1
-        if _is_decisive(chars[np.uintp(place)], stop - place, flags, kinds, slots, word):
+        edges[num], edges[num + 1] = place, stop
+        num += 2
+        place = stop
+    return num
+
+
+@inlined
+def _hash_words(chars, edges, content, bounds, num_edges, tables, words, before, text, end):  # type: ignore[no-untyped-def]
+    """Writes the hashes of tokens to `words` from `before` on, and the tokens to `text` from `end` on if it has room.
+
+    edges: where the tokens begin and end in chars, in turn. bounds: the same in `content`, the same text in UTF-8.
+    Returns the number of tokens, the new end of the text, and the digest of the decisive tokens.
+    """
+    flags, kinds, slots = tables.flags, tables.kinds, tables.words
+    num_decisive, decisive, number = 0, np.uint64(0), np.uintp(before)
+    for place in range(np.uintp(0), np.uintp(num_edges), np.uintp(2)):
+        start, length = edges[place], edges[place + np.uintp(1)] - edges[place]
+        word = word64(content, bounds[place], bounds[place + np.uintp(1)])
+        words[number] = word
+        number += np.uintp(1)
+        if _is_decisive(chars[np.uintp(start)], length, flags, kinds, slots, word):
             decisive = folded64(decisive, word)
             num_decisive += 1
-        if has_text:
-            if end > row_start:
+    if len(text):
+        for place in range(0, num_edges, 2):
+            if place:
                 text[end] = 0x20
                 end += 1
-            for letter in range(starts[place], starts[stop]):
+            for letter in range(bounds[place], bounds[place + 1]):
                 text[end] = content[letter]
                 end += 1
-        place = stop
-    return num_words, end, folding_end64(decisive, np.uint64(num_decisive))
+    return num_edges // 2, end, folding_end64(decisive, np.uint64(num_decisive))
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _is_decisive(code, length, flags, kinds, slots, word):  # type: ignore[no-untyped-def]
     """Says whether a token is one that must agree, given its first character, its length and its hash."""
     kind = kinds[code]
@@ -499,12 +575,12 @@ _A, _L, _D, _N, _U, _S, _C, _X = (ord(kind) for kind in "ALDNUSCX")
 _BACKSLASH, _DOT, _COMMA, _COLON, _QUOTE, _DOUBLE, _BANG, _MINUS, _LINE = (ord(char) for char in "\\.,:'\"!-_")
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def _is_letter(kind):  # type: ignore[no-untyped-def]
     return kind == _A or kind == _L  # noqa: PLR1714 - a compiled comparison
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _token_end(chars, place, first, last, kinds):  # type: ignore[no-untyped-def] # noqa: PLR0912 - one per kind
     """Returns the end of the token that starts at `place`, or `place` if none does: the pattern `_TOKEN` by hand."""
     kind = kinds[chars[place]]
@@ -549,7 +625,7 @@ def _token_end(chars, place, first, last, kinds):  # type: ignore[no-untyped-def
     return place if is_hyphen else place + 1
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _word_end(chars, place, last, kinds):  # type: ignore[no-untyped-def]
     while place < last and _is_letter(kinds[chars[place]]):
         place += 1
@@ -559,7 +635,7 @@ def _word_end(chars, place, last, kinds):  # type: ignore[no-untyped-def]
     return place
 
 
-@numba.njit(cache=True, nogil=True)
+@kernel
 def _number_end(chars, place, last, kinds, has_groups=True):  # type: ignore[no-untyped-def]
     """Returns the end of digits, with groups after single points or commas if asked."""
     while place < last and kinds[chars[place]] == _D:

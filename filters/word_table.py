@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from filters.hashing import word_hash64
+from filters.kernels import inlined
 from filters.normalise import normalise_text, tokens
 
 EMPTY_WORD = np.uint64(0x9E3779B97F4A7C15)
@@ -39,6 +39,11 @@ class WordTable:
         start, end = self.offsets[-1], other.offsets[0]
         hashes = np.concatenate([self.hashes[:start], other.hashes[end : other.offsets[-1]]])
         return WordTable(hashes, np.concatenate([self.offsets, other.offsets[1:] - end + start]))
+
+    @property
+    def longest(self) -> int:
+        """The words of the longest row."""
+        return int(np.diff(self.offsets).max(initial=0))
 
     def row(self, place: int) -> list[int]:
         """Returns the hashes of one row."""
@@ -73,7 +78,7 @@ def word_set(words: Collection[str]) -> NDArray[np.uint64]:
     return slots
 
 
-@numba.njit(cache=True, nogil=True, inline="always")
+@inlined
 def is_in_set(slots, word):  # type: ignore[no-untyped-def]
     """Says whether the hash of a word is one of a set made by `word_set`."""
     mask = np.uint64(len(slots) - 1)

@@ -8,6 +8,7 @@ representatives: so the names that published rows are compared by never change.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,10 +36,11 @@ class Pictures:
         """Reads the images of shards that are not in `folder` yet. Raises StorageError: the disk fails."""
         self._path = folder / PUBLISHED
         self._published = _read(self._path) or FingerprintTable.empty([])
-        tables = [_shard_fingerprints(runtime, folder, marker) for marker in markers]
+        num_workers = runtime.config.parallel_shards
+        with ThreadPoolExecutor(num_workers) as pool:
+            tables = list(pool.map(lambda marker: _shard_fingerprints(runtime, folder, marker), markers))
         self._table, num_published = _joined([self._published, *tables])
         is_published = np.arange(len(self._table)) < num_published
-        num_workers = runtime.config.parallel_shards
         self._representative = looked_at_clusters(
             self._table, runtime.images.read, published=is_published, num_workers=num_workers
         )

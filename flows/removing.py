@@ -74,10 +74,11 @@ def plan_duplicates(runtime: Runtime, markers: Sequence[Marker], settled: Sequen
     """
     config, num_threads = runtime.config.duplicates, runtime.config.parallel_shards
     names = _pictures(runtime, markers).names
-    with ThreadPoolExecutor(num_threads) as pool:
+    with ThreadPoolExecutor(num_threads + 1) as pool:  # one more, as one or other waits for the disk
         paths = list(pool.map(lambda marker: _feature_file(runtime, marker, names), markers))
     published = FeatureTable.open([_published_path(runtime.workspace, marker.shard) for marker in settled])
-    rows = _ShardRows(runtime.workspace, [*markers, *settled], FeatureTable.open(paths), published)
+    shards = [*markers, *settled]
+    rows = _ShardRows(runtime.workspace, shards, FeatureTable.open(paths), published, num_threads=num_threads)
     clashes = clashing_ids(rows.features, origins=rows.origins, published=published)
     found = find_duplicates(
         rows.features,
@@ -180,8 +181,10 @@ class _ShardRows:
         markers: Sequence[Marker],
         features: FeatureTable,
         published: FeatureTable | None = None,
+        *,
+        num_threads: int,
     ) -> None:
-        self._workspace, self._markers = workspace, markers
+        self._workspace, self._markers, self._num_threads = workspace, markers, num_threads
         self.features, self._published = features, published or FeatureTable([])
         counts = [marker.count.num_kept for marker in markers]
         self._offsets = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
@@ -189,22 +192,20 @@ class _ShardRows:
         assert self._offsets[-1] == num_rows, "a shard's features are not those of its rows"
 
     def origins(self, rows: Rows) -> Sequence[str]:
-        return list(self.texts("origin", rows).to_pylist())
+        return list(self.texts(rows, "origin")["origin"].to_pylist())
 
-    def texts(self, column: str, rows: Rows) -> pa.Array:
-        """Returns a string column of some rows, in their order; reads each shard once."""
-        by_row = np.argsort(rows, kind="stable")
-        pieces = [pa.array([], pa.string())]
-        for number, local in self._by_shard(rows[by_row]):
-            marker = self._markers[number]
-            held = self._workspace.read_columns(marker.stage, marker.shard, [column])[column]
-            pieces.append(pc.take(held, pa.array(local)).combine_chunks())
-        flat = [
-            chunk for piece in pieces for chunk in (piece.chunks if isinstance(piece, pa.ChunkedArray) else [piece])
-        ]
-        back = np.empty(len(rows), np.int64)
-        back[by_row] = np.arange(len(rows))
-        return pc.take(pa.concat_arrays(flat), pa.array(back))
+    def texts(self, rows: Rows, *columns: str) -> pa.Table:
+        """Returns string columns of some rows, in their order; reads each shard once."""
+        different, places = np.unique(rows, return_inverse=True)
+
+        def read(part: tuple[int, Rows]) -> pa.Table:
+            marker = self._markers[part[0]]
+            return self._workspace.read_columns(marker.stage, marker.shard, columns).take(pa.array(part[1]))
+
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            nothing = pa.schema([(name, pa.string()) for name in columns]).empty_table()
+            held = pa.concat_tables([nothing, *pool.map(read, self._by_shard(different))]).combine_chunks()
+        return held.take(pa.array(places))
 
     def _by_shard(self, rows: Rows) -> list[tuple[int, Rows]]:
         """Returns ascending rows by the number of their shard, as numbers within it."""
@@ -229,9 +230,9 @@ class _ShardRows:
 
     def clashes(self, clashes: Clashes) -> pa.Table:
         rows = clashes.rows
-        names = self.texts("source_id", rows)
-        detail = _joined(self.texts("origin", rows), " has the id '", pc.utf8_slice_codeunits(names, 0, 80), "' of ",
-                         self.texts("origin", clashes.first), ", but other content")  # fmt: skip
+        gone, first = self.texts(rows, "origin", "source_id"), self.texts(clashes.first, "origin")
+        names = pc.utf8_slice_codeunits(gone["source_id"], 0, 80)
+        detail = _joined(gone["origin"], " has the id '", names, "' of ", first["origin"], ", but other content")
         nothing = pa.nulls(len(rows))
         return removal_table(rows, Exit.QUARANTINED, _repeated(SAME_SOURCE_ID, len(rows)), detail, nothing, nothing)
 
@@ -239,19 +240,23 @@ class _ShardRows:
         near = pa.array(found.is_near)
         likeness = pc.round(pa.array(found.similarity), 3).cast(pa.string())
         how = pc.if_else(near, _joined(" resembles (Jaccard ", likeness, ") "), " equals ")
-        detail = _joined("images, question and options: ", self.texts("origin", found.rows), how,
-                         self.texts("origin", found.resembles), self._answer_note(found))  # fmt: skip
+        gone, kept = self._gone_and_kept(found)
+        detail = _joined("images, question and options: ", gone["origin"], how, kept["origin"],
+                         self._answer_note(found))  # fmt: skip
         reasons = pc.if_else(near, NEAR, EXACT)
-        kept = self.texts("id", found.resembles)
-        return removal_table(found.rows, Exit.DROPPED, reasons, detail, kept, pa.array(found.similarity))
+        return removal_table(found.rows, Exit.DROPPED, reasons, detail, kept["id"], pa.array(found.similarity))
 
     def traces(self, found: Removals) -> pa.Table:
         likeness = pc.round(pa.array(found.similarity), 2).cast(pa.string())
-        detail = _joined("its trace is that of ", self.texts("origin", found.resembles), " (", likeness, " alike)")
-        kept = self.texts("id", found.resembles)
-        return removal_table(
-            found.rows, Exit.DROPPED, _repeated(TRACE_DUPLICATE, len(found)), detail, kept, pa.array(found.similarity)
-        )
+        _, kept = self._gone_and_kept(found)
+        detail = _joined("its trace is that of ", kept["origin"], " (", likeness, " alike)")
+        reasons = _repeated(TRACE_DUPLICATE, len(found))
+        return removal_table(found.rows, Exit.DROPPED, reasons, detail, kept["id"], pa.array(found.similarity))
+
+    def _gone_and_kept(self, found: Removals) -> tuple[pa.Table, pa.Table]:
+        """Returns origins and ids of the rows that go, and of those that stay instead, by one reading of the shards."""
+        both = self.texts(np.concatenate([found.rows, found.resembles]), "origin", "id")
+        return both.slice(0, len(found)), both.slice(len(found))
 
     def _answer_note(self, found: Removals) -> pa.Array:
         """Returns a clause for the rows whose reference answer is not that of the row that stays."""
@@ -261,8 +266,8 @@ class _ShardRows:
         notes = np.full(len(found), "", object)
         for place, gone, kept in zip(
             differ,
-            self.texts("answer", found.rows[differ]).to_pylist(),
-            self.texts("answer", found.resembles[differ]).to_pylist(),
+            self.texts(found.rows[differ], "answer")["answer"].to_pylist(),
+            self.texts(found.resembles[differ], "answer")["answer"].to_pylist(),
             strict=True,
         ):
             notes[place] = f"; the answers differ: {gone!r:.80} was dropped, {kept!r:.80} kept"
@@ -276,7 +281,7 @@ def plan_traces(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
     for marker in markers:
         traces = runtime.workspace.read_columns(marker.stage, marker.shard, ["id", "question", "reasoning"])
         tables.append(trace_features(traces, threshold).to_table())
-    rows = _ShardRows(runtime.workspace, markers, FeatureTable(tables))
+    rows = _ShardRows(runtime.workspace, markers, FeatureTable(tables), num_threads=num_threads)
     settings = trace_settings(threshold)
     found = find_duplicates(rows.features, settings, origins=rows.origins, num_threads=num_threads)
     return rows.by_shard(rows.traces(found))

@@ -15,7 +15,8 @@ settings.load_profile("bimode")
 
 ROOT = Path(__file__).parents[1]
 if importlib.util.find_spec("trl") is not None:
-    if "torchvision" not in sys.modules:  # what runs here is kept alive
+    is_helped = "cpu_site" in str(getattr(sys.modules.get("sitecustomize"), "__file__", ""))
+    if not is_helped and "torchvision" not in sys.modules:  # what runs here is kept alive
         _SITE = runpy.run_path(str(ROOT / "teacher" / "cpu_site" / "sitecustomize.py"), run_name="sitecustomize")
     with warnings.catch_warnings():  # what libraries say of one another when they are first imported is not our doing
         warnings.simplefilter("ignore")

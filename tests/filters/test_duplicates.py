@@ -5,6 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from filters import feature_files
 from filters.duplicates import clashing_ids, features_of, find_duplicates
-from filters.feature_files import FeatureTable
+from filters.feature_files import FeatureTable, write_features
 from schemas.config import DuplicatesConfig
 from schemas.samples import SAMPLE_SCHEMA
 
@@ -461,3 +463,15 @@ def test_origins_with_endless_numbers_have_an_order() -> None:
 
 def test_no_rows_hold_no_duplicates() -> None:
     assert find([], CONFIG) == []
+
+
+def test_files_given_back_to_the_system_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    features = features_of(
+        samples_of([row(f"What is on page {number} of the book?", str(number)) for number in range(50)]), CONFIG
+    )
+    write_features(tmp_path / "a", features)
+    monkeypatch.setattr(feature_files, "_HELD_BYTES", 0)
+    table, rows = FeatureTable.open([tmp_path / "a"]), np.arange(0, 50, 7)
+    for _ in range(2):
+        assert np.array_equal(table.column("band_3"), features.bands[3])
+        assert table.words(rows).row(2) == features.words.row(14)

@@ -54,6 +54,23 @@ def test_a_column_is_read_as_the_rules_state(rows: list[str]) -> None:
     assert_read_as_stated(rows)
 
 
+ascii_pieces = st.sampled_from(
+    [*"aZx9 .,'!-\\_\t\x7f", "  ", "word", "Don't", "SHOUT", "\\Delta", "1,000.5", "f'(x)", "a" * 62]
+)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.lists(ascii_pieces, max_size=60).map("".join), max_size=4))
+def test_long_texts_in_ascii_are_read_as_the_rules_state(rows: list[str]) -> None:
+    assert_read_as_stated(rows)
+
+
+@pytest.mark.parametrize("size", [1, 7, 8, 9, 62, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("last", ["", "b", " ", "  b", "'", "'b", ".", "5", "\x00"])
+def test_words_that_end_where_eight_or_64_bytes_do_are_whole(size: int, last: str) -> None:
+    assert_read_as_stated(["a" * size + last, "A" + "a" * (size - 1) + last, "x " * (size // 2) + "y" + last])
+
+
 def test_every_code_point_is_read_as_the_rules_state() -> None:
     codes = [code for code in range(0x11000) if not 0xD800 <= code < 0xE000]
     assert_read_as_stated([f"Ab{chr(code)}c {chr(code)}" for code in codes])

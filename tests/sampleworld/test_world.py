@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sampleworld.evaluate import EVALUATION_SEED
-from sampleworld.rows import RECIPES, SHARES, TrainingRow, batched_by_length, consistency_row, draw_rows
+from sampleworld.rows import (
+    RECIPES,
+    SHARES,
+    TrainingRow,
+    batched_by_length,
+    consistency_row,
+    draw_rows,
+    skill_row,
+    walk_row,
+)
 from sampleworld.world import (
     COLOURS,
     GLANCE,
@@ -132,3 +141,39 @@ def test_a_verdict_on_an_answer_is_true() -> None:
         last = reasoning.split(". ")[-1].removesuffix(".").split()
         follows = f"lead to {last[0]}, and the result there is {last[-1]}." in row.user
         assert parse_completion(row.completion).answer == ("consistent" if follows else "inconsistent")
+
+
+def test_a_walk_visits_the_cells_it_says_and_reads_their_numbers() -> None:
+    for seed in range(200):
+        scene = draw_scene(random.Random(seed))
+        row = walk_row(scene, random.Random(seed))
+        visited = re.findall(r"(\w+)(?: is (\d))?\.", parse_completion(row.completion).answer)
+        names = [name for name, _ in visited]
+        if row.user.startswith("Follow"):
+            assert names[0] in row.user and len(names) == 9
+            assert all(scene.dots[scene.cell_of(a)] == b for a, b in itertools.pairwise(names))
+        elif "row by row" in row.user:
+            assert names == list(scene.colours)
+        else:
+            assert names == [word.strip(",.") for word in row.user.split() if word.strip(",.") in scene.colours]
+        reads = "Read the numbers" in row.user
+        assert [number for _, number in visited] == [
+            str(scene.digits[scene.cell_of(name)]) if reads else "" for name in names
+        ]
+
+
+def test_a_line_of_sums_is_right_and_carries_its_result_on() -> None:
+    num_lines = 0
+    for seed in range(200):
+        row = skill_row(draw_scene(random.Random(seed)), random.Random(seed))
+        if not row.user.startswith("Start"):
+            continue
+        num_lines += 1
+        answer = parse_completion(row.completion).answer
+        sums = [tuple(map(int, found)) for found in re.findall(r"(\d+) \+ (\d+) = (\d+)\.", answer)]
+        factor = 2 if "Double" in row.user else 1
+        results = [int(re.findall(r"\d+", row.user)[0])]
+        for carried, digit, result in sums:
+            assert (carried, result) == (factor * results[-1] % (100 if factor == 2 else 1000), (carried + digit) % 100)
+            results.append(result)
+    assert num_lines > 20

@@ -393,6 +393,18 @@ def test_a_run_stopped_by_a_signal_ends_with_the_weights_of_one_that_was_not(
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
+def test_a_run_cancelled_during_a_rollout_ends_its_step_and_writes_a_checkpoint(
+    answering_model: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = BimodeRollout.__call__
+    monkeypatch.setattr(
+        BimodeRollout, "__call__", lambda *given: (os.kill(os.getpid(), signal.SIGTERM), draw(*given))[1]
+    )
+    with pytest.raises(Interrupted):
+        bpo(config(answering_model, corpus, tmp_path / "run", save_steps=100))
+    assert RunFolder(tmp_path / "run").newest_checkpoint() == str(tmp_path / "run" / "checkpoint-1")
+
+
 def test_a_run_whose_every_reply_is_unscored_changes_nothing_but_by_its_kl(
     small_model: Path, corpus: Path, tmp_path: Path
 ) -> None:
