@@ -2,7 +2,8 @@
 
 Three sources in three formats, as a team would bring them: checkable questions in Parquet with image bytes, open-ended
 ones in JSON Lines with image paths, and conversations in LLaVA's form. Like real data they hold duplicates, and a few
-rows that are broken: an image cut in half, an empty question, an answer outside its options.
+rows that are broken: an image cut in half, an empty question, an answer outside its options. A benchmark lies beside
+them, on other scenes, in the form in which the paper's are published.
 
     python -m sampleworld.demo --out sampleworld/data
 """
@@ -10,6 +11,8 @@ rows that are broken: an image cut in half, an empty question, an answer outside
 from __future__ import annotations
 
 import argparse
+import base64
+import csv
 import json
 import random
 from pathlib import Path
@@ -34,6 +37,7 @@ NUM_PER_GLANCE_FAMILY = 32
 NUM_PER_STEPS_FAMILY = 30
 NUM_PER_OPEN_FAMILY = 18
 NUM_CONVERSATIONS = 16
+NUM_PER_BENCHMARK_FAMILY = 20
 
 
 def checkable_rows(rng: random.Random) -> list[dict[str, Any]]:
@@ -104,6 +108,20 @@ def write_conversations(folder: Path, rng: random.Random) -> int:
     return len(rows)
 
 
+def write_benchmark(folder: Path, rng: random.Random) -> int:
+    """Writes questions on scenes of their own as a benchmark in VLMEvalKit's form: a TSV file with base64 images."""
+    with (folder / "benchmark.tsv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "image", "question", "answer", "category"])
+        families = {**GLANCE, **STEPS}
+        for number, (family, ask) in enumerate([*families.items()] * NUM_PER_BENCHMARK_FAMILY):
+            scene = draw_scene(rng)
+            task = ask(scene, rng)
+            image = base64.b64encode(render_scene(scene)).decode()
+            writer.writerow([number, image, task.question, task.answer, family])
+    return len(families) * NUM_PER_BENCHMARK_FAMILY
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the sample data")
@@ -114,7 +132,11 @@ def main() -> None:
     rows = checkable_rows(rng)
     pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), arguments.out / "checkable.parquet", compression="zstd")
     num_open, num_talks = write_open(arguments.out, rng), write_conversations(arguments.out, rng)
-    print(f"{arguments.out}: {len(rows)} checkable rows, {num_open} open-ended ones, {num_talks} conversations")
+    num_benchmark = write_benchmark(arguments.out, random.Random(2 * (arguments.seed + 1)))
+    print(
+        f"{arguments.out}: {len(rows)} checkable rows, {num_open} open-ended ones, {num_talks} conversations, "
+        f"{num_benchmark} benchmark questions"
+    )
 
 
 if __name__ == "__main__":

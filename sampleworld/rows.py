@@ -40,9 +40,9 @@ from schemas.question import OPTION_LETTERS
 from schemas.samples import Kind, Topic
 from schemas.template import render_completion
 
-RECIPES = ("reading", "looking", "teacher", "skills", "base")
+RECIPES = ("reading", "looking", "teacher", "skills", "walks", "base")
 """A recipe's place gives the seed of its rows: append new ones."""
-MODELS = {"teacher": ("reading", "looking", "teacher"), "base": ("reading", "skills", "base")}
+MODELS = {"teacher": ("reading", "looking", "teacher"), "base": ("reading", "skills", "walks", "base")}
 """By model, the recipes it is trained with, one after the other."""
 
 SHARES = {
@@ -50,7 +50,8 @@ SHARES = {
     "looking": {"reading": 0.20, "looking": 0.50, "question": 0.20, "judge": 0.10, "skill": 0.0, "walk": 0.0},
     "teacher": {"reading": 0.03, "looking": 0.25, "question": 0.56, "judge": 0.16, "skill": 0.0, "walk": 0.0},
     "skills": {"reading": 0.10, "looking": 0.40, "question": 0.0, "judge": 0.0, "skill": 0.50, "walk": 0.0},
-    "base": {"reading": 0.0, "looking": 0.20, "question": 0.0, "judge": 0.0, "skill": 0.20, "walk": 0.60},
+    "walks": {"reading": 0.0, "looking": 0.20, "question": 0.0, "judge": 0.0, "skill": 0.20, "walk": 0.60},
+    "base": {"reading": 0.0, "looking": 0.10, "question": 0.0, "judge": 0.0, "skill": 0.10, "walk": 0.80},
 }
 """The share of each sort of rows in each recipe."""
 
