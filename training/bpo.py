@@ -24,6 +24,7 @@ transformers generates and each rollout is used once; vLLM draws random numbers 
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -205,6 +206,13 @@ def grpo_arguments(config: BpoConfig, num_processes: int) -> GRPOConfig:
     )
 
 
+class _UnscoredIsCounted(logging.Filter):
+    """Drops TRL's warning on each reply without a reward, which quotes the whole row: `bpo/unscored_*` counts them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "All reward functions returned None" not in record.getMessage()
+
+
 def bpo(config: BpoConfig) -> Result:
     """Trains as configured and returns the content of result.json. Resumes from the newest whole checkpoint.
 
@@ -215,6 +223,7 @@ def bpo(config: BpoConfig) -> Result:
     if (finished := folder.begin(config)) is not None:
         return finished
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func: what is used of it is held by tests
+    logging.getLogger("trl.trainer.grpo_trainer").addFilter(_UnscoredIsCounted())
     model, processor = load_checkpoint(config.model, bf16=False)
     processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
     processor.tokenizer.padding_side = "left"  # the trainer pads prompts so, and asks the processor for the same

@@ -28,7 +28,7 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from corpus.storage import storage_errors, write_text
 from schemas.errors import BimodeError, ConfigError, Interrupted, StorageError, TrainingError
@@ -235,6 +235,7 @@ def train_to_end(trainer: Any, folder: RunFolder) -> Any:
     written; the one before it stays whole. Interrupted: a signal asked to stop.
     """
     stop = StopOnSignal()
+    trainer.remove_callback(PrinterCallback)  # metrics.jsonl has it all, and MetricsFile prints a line
     trainer.add_callback(MetricsFile(folder.metrics))
     trainer.add_callback(StopOnDivergence())
     trainer.add_callback(stop)
