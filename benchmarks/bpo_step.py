@@ -19,11 +19,9 @@ from typing import Any
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from schemas.template import CHAT_TEMPLATE
-from training.bpo import BpoConfig, BpoTrainer, grpo_arguments
-from training.checkpoints import load_checkpoint
+from training.bpo import BpoConfig, build_trainer, grpo_arguments
+from training.checkpoints import load_policy
 from training.questions import load_questions
-from training.rollouts import BimodeRollout
 
 PREFIX_TOKENS = 3
 """Of a direct completion, the longest forced prefix."""
@@ -51,9 +49,7 @@ def every_second(completions: list[Any], **_: Any) -> list[float]:
 
 def run_steps(settings: BpoConfig, num_tokens: int, *, forced: bool) -> list[float]:
     """Returns the seconds of the steps of one side. num_tokens: length of every completion, prefix included."""
-    model, processor = load_checkpoint(settings.model, bf16=settings.bf16)
-    processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
-    processor.tokenizer.padding_side = "left"
+    model, processor = load_policy(settings.model)
     arguments = grpo_arguments(settings, 1)
     generated = num_tokens - PREFIX_TOKENS if forced else num_tokens
     arguments.max_completion_length = generated
@@ -61,23 +57,17 @@ def run_steps(settings: BpoConfig, num_tokens: int, *, forced: bool) -> list[flo
     arguments.mask_truncated_completions = False
     if not forced:
         arguments.chat_template_kwargs = {}
-    timer = StepSeconds()
-    shared: dict[str, Any] = {
-        "model": model,
-        "reward_funcs": every_second,
-        "args": arguments,
-        "train_dataset": load_questions(
-            settings.corpus, processor, Path(settings.output), max_prompt_tokens=settings.max_prompt_tokens
-        ).rows,
-        "processing_class": processor,
-        "callbacks": [timer],
-    }
+    rows = load_questions(
+        settings.corpus, processor, Path(settings.output), max_prompt_tokens=settings.max_prompt_tokens
+    ).rows
     if forced:
-        rollout = BimodeRollout(processor.tokenizer, half=settings.half_group, choice_has_loss=True)
-        newline_id = processor.tokenizer.encode("\n", add_special_tokens=False)[0]
-        trainer: Any = BpoTrainer(newline_id=newline_id, rollout_func=rollout, **shared)
+        trainer: Any = build_trainer(settings, arguments, model, processor, rows, every_second)
     else:
-        trainer = GRPOTrainer(**shared)
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=every_second, args=arguments, train_dataset=rows, processing_class=processor
+        )
+    timer = StepSeconds()
+    trainer.add_callback(timer)
     trainer.train()
     return timer.seconds
 

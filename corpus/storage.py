@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from schemas.errors import StorageError
 
@@ -68,6 +70,22 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all. Raises StorageError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+
+
+def read_json(path: Path) -> Any:
+    """Returns what a JSON file holds, None if there is no such file. Raises StorageError: it cannot be read."""
+    if not path.exists():
+        return None
+    with storage_errors(path, "read"):
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
+    """Appends one line to a JSON Lines file, which is made if need be, its folder too. Raises StorageError."""
+    with storage_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
 
 def file_sha256(path: Path) -> str:

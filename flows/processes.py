@@ -73,16 +73,29 @@ def start_time(pid: int) -> str | None:
         del _children[pid]
         return None
     if Path("/proc/self/stat").exists():
-        try:
-            # The name in parentheses may itself hold parentheses and spaces: what follows the last one counts.
-            fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        except OSError:
+        fields = _stat_fields(pid)
+        if fields is None:
             return None
         # Field 22 counts clock ticks since boot, so it says nothing without the boot.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return None if fields[0] in {"Z", "X"} else f"{boot}:{fields[19]}"
     shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
     return shown.stdout.strip() or None
+
+
+def parent(pid: int) -> int | None:
+    """Returns a process's parent, or None when it is gone or cannot be told (where there is no /proc)."""
+    fields = _stat_fields(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """Returns the fields of /proc/PID/stat from the third on, or None when there are none."""
+    try:
+        # The name in parentheses may itself hold parentheses and spaces: what follows the last one counts.
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
 
 
 def stop(pids: Iterable[int], what: str, report: Report | None, *, with_group: bool = True) -> None:

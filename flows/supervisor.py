@@ -11,7 +11,8 @@ Stopping means: SIGTERM to the program alone, which ends its step and writes a c
 is left of it. Its processes are found by a mark in their environment, for torchrun gives each of its workers a session
 of its own. What a launcher that dies at once (accelerate's) leaves behind is asked in its place.
 
-Exit status: the program's, 128 + N if signal N ended it; EX_TEMPFAIL if it was stopped in time, 137 if it was killed.
+Exit status: the program's, 128 + N if signal N ended it; that of `Interrupted` if it was stopped in time, 137 if it
+was killed.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
-from pathlib import Path
 from types import FrameType
 
 from flows import processes
 from flows.processes import StackError
+from schemas.errors import Interrupted
 
 MARK = "BIMODE_TRAINING"
 """Environment variable of a program and all its processes: the folder that it writes to."""
@@ -36,7 +37,6 @@ MARK = "BIMODE_TRAINING"
 STOP_SECONDS = "BIMODE_TRAINING_STOP_SECONDS"
 """Environment variable of the same processes: how long they have for a checkpoint."""
 
-EX_TEMPFAIL = 75
 KILLED = 128 + signal.SIGKILL
 KILL_SECONDS = 10.0
 LEFTOVER_SECONDS = 10.0
@@ -93,7 +93,7 @@ def _stop(program: subprocess.Popen[bytes], mark: str, seconds: float) -> int:
         _say(f"the program did not end within {seconds:.0f} s and was killed; its newest whole checkpoint is kept")
         return KILLED
     _say(f"the program ended with status {program.returncode}")
-    return 0 if program.returncode == 0 else EX_TEMPFAIL
+    return 0 if program.returncode == 0 else Interrupted.exit_code
 
 
 def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> bool:
@@ -107,7 +107,7 @@ def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> boo
     done, deadline = set(asked), time.monotonic() + seconds
     while members := set(processes.marked_with(MARK, mark)):
         for pid in members - done:
-            if _parent(pid) not in members:
+            if processes.parent(pid) not in members:
                 done.add(pid)
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGTERM)
@@ -125,15 +125,6 @@ def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> boo
                 os.kill(pid, signal.SIGKILL)
         time.sleep(_POLL_SECONDS)
     return True
-
-
-def _parent(pid: int) -> int | None:
-    """Returns a process's parent, or None when it is gone."""
-    try:
-        # The name in parentheses may itself hold parentheses and spaces: what follows the last one counts.
-        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
-    except OSError:
-        return None
 
 
 def _say(line: str) -> None:

@@ -38,7 +38,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from prefect.tasks import Task
 
-from corpus.storage import storage_errors
+from corpus.storage import append_json_line, storage_errors
 from corpus.versions import verify_version
 from flows import stack
 from flows.training_plan import (
@@ -160,10 +160,7 @@ def _ask(plan: TrainingPlan) -> str | None:
         "note": answer.note,
     }
     path = Path(plan.config.output) / APPROVALS_FILE
-    with storage_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    append_json_line(path, record)
     if answer.approve:
         return None
     return f"training on version {manifest.version} was refused" + (f": {answer.note}" if answer.note else "")

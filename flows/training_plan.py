@@ -19,20 +19,19 @@ from typing import Any
 
 import yaml
 
-from corpus.storage import storage_errors, write_text
+from corpus.storage import read_json, storage_errors, write_text
 from corpus.versions import MANIFEST, Manifest, latest_version, load_manifest
 from flows.stack import project_folder
 from flows.supervisor import MARK
 from flows.training_process import Program
 from schemas.errors import ConfigError
 from schemas.training_config import ProgramName, Settings, TrainingConfig, load_training_config
+from teacher.serving import PYTHON_VARIABLE, cpu_python_path
 
 CONFIG_FILE = "program.yaml"
 RESULT_FILE = "result.json"
 TRAINED_FILE = "trained.json"
 """In the output folder: the version that all programs were last run on."""
-PYTHON_VARIABLE = "BIMODE_GPU_PYTHON"
-CPU_SITE = Path(__file__).parents[1] / "teacher" / "cpu_site"
 
 # Read from a file, as importing torch takes seconds.
 _IS_CPU_TORCH = """
@@ -55,11 +54,7 @@ class Step:
 
     def result(self) -> dict[str, Any] | None:
         """Returns what the finished program left, or None. Raises StorageError."""
-        path = self.folder / RESULT_FILE
-        if not path.exists():
-            return None
-        with storage_errors(path, "read"):
-            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] | None = read_json(self.folder / RESULT_FILE)
         return found
 
     @property
@@ -312,9 +307,7 @@ def program_environment(config: TrainingConfig, python: str) -> dict[str, str]:
         # Everything is in the folder; looking for it elsewhere only waits for timeouts without a network.
         environment.setdefault("HF_HUB_OFFLINE", "1")
     if _has_cpu_torch(python):
-        # See teacher/cpu_site/sitecustomize.py: torchvision from PyPI beside a CPU torch.
-        paths = [str(CPU_SITE), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["PYTHONPATH"] = cpu_python_path(environment.get("PYTHONPATH"))
     return environment
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import math
 import random
 import tempfile
 from collections import defaultdict
@@ -29,6 +28,7 @@ from schemas.verdicts import Mode
 from sources import ImageStore
 from teacher.client import Teacher
 from teacher.journal import Journal
+from training.measures import Rate
 
 EVALUATION_SEED = 7_000_000
 Ask = Callable[[TeacherRequest], Awaitable[Reply | CallFailure]]
@@ -40,30 +40,6 @@ class Question:
 
     task: Task
     sample: Sample
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """num_right of num_asked, with the 95 % Wilson interval."""
-
-    num_right: int
-    num_asked: int
-
-    @property
-    def share(self) -> float:
-        return self.num_right / self.num_asked if self.num_asked else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        if not self.num_asked:
-            return (0.0, 1.0)
-        z, n, p = 1.96, self.num_asked, self.share
-        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n))
-
-    def to_record(self) -> dict[str, object]:
-        low, high = self.interval
-        return {"right": self.num_right, "asked": self.num_asked, "share": self.share, "low": low, "high": high}
 
 
 def draw_questions(store: ImageStore, num_per_family: int) -> list[Question]:
@@ -165,7 +141,7 @@ async def evaluate(endpoint: EndpointConfig, *, num_per_family: int) -> dict[str
 def pooled(rates: dict[str, Rate], families: Iterable[str]) -> Rate:
     """Returns the rate over several families together."""
     chosen = [rates[family] for family in families]
-    return Rate(sum(rate.num_right for rate in chosen), sum(rate.num_asked for rate in chosen))
+    return Rate(sum(rate.num for rate in chosen), sum(rate.total for rate in chosen))
 
 
 def render(figures: dict[str, dict[str, Rate]]) -> str:
@@ -183,7 +159,12 @@ def render(figures: dict[str, dict[str, Rate]]) -> str:
 
 def _cell(rate: Rate) -> str:
     low, high = rate.interval
-    return f"{rate.share:.1%} ({low:.0%} to {high:.0%}, n = {rate.num_asked})"
+    return f"{rate.share or 0.0:.1%} ({low:.0%} to {high:.0%}, n = {rate.total})"
+
+
+def _record(rate: Rate) -> dict[str, object]:
+    low, high = rate.interval
+    return {"right": rate.num, "asked": rate.total, "share": rate.share or 0.0, "low": low, "high": high}
 
 
 def main() -> None:
@@ -196,7 +177,7 @@ def main() -> None:
     endpoint = EndpointConfig(model=arguments.model, url=arguments.url, max_image_pixels=12544)
     figures = asyncio.run(evaluate(endpoint, num_per_family=arguments.questions))
     if arguments.json:
-        records = {name: {key: rate.to_record() for key, rate in rates.items()} for name, rates in figures.items()}
+        records = {name: {key: _record(rate) for key, rate in rates.items()} for name, rates in figures.items()}
         arguments.json.write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     print(render(figures))
 

@@ -31,12 +31,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from corpus.storage import replacing
-from sampleworld.rows import TrainingRow, batched_by_length, glance_thought, question_text
+from sampleworld.rows import (
+    TrainingRow,
+    batched_by_length,
+    glance_thought,
+    question_text,
+    training_record,
+    write_records,
+)
 from sampleworld.world import GLANCE, STEPS, Scene, Task, draw_scene, render_scene
 from schemas.rows import CORPUS_SCHEMA
 from schemas.samples import Sample, content_id
@@ -185,23 +190,16 @@ def write_bpo_prompts(path: Path, plan: Plan, seed: int) -> None:
 
 
 def _write(path: Path, rows: Iterator[Any]) -> None:
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, CORPUS_SCHEMA, compression="zstd") as writer:
-        number = 0
-        while part := list(itertools.islice(rows, 2048)):
-            records = [_record(row, image, number + i) for i, (row, image) in enumerate(part)]
-            writer.write_table(pa.Table.from_pylist(records, schema=CORPUS_SCHEMA))
-            number += len(part)
+    records = (_record(row, image, number) for number, (row, image) in enumerate(rows))
+    with replacing(path) as temporary:
+        write_records(temporary, CORPUS_SCHEMA, records)
 
 
 def _record(row: ExperimentRow, image: bytes, number: int) -> dict[str, Any]:
     task = row.task
     return {
+        **training_record(row, image),
         "id": f"{number:032x}",
-        "prompt": [
-            {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": row.user}]},
-        ],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": row.completion}]}],
-        "images": [{"bytes": image, "path": None}],
         "question": task.question,
         "choices": list(task.choices),
         "reference": task.answer,

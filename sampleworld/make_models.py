@@ -22,15 +22,14 @@ from pathlib import Path
 import yaml
 
 from sampleworld.rows import MODELS, recipe_settings
+from teacher.serving import cpu_python_path
 
 HERE = Path(__file__).parent
-CPU_SITE = HERE.parent / "teacher" / "cpu_site"
-"""Lets the Qwen2.5-VL code of transformers import PyPI's torchvision beside a CPU build of torch."""
 
 
 def run_program(*arguments: str) -> None:
     """Runs one of the project's programs with this Python. Raises SystemExit: with its status, if it fails."""
-    path = os.pathsep.join([str(CPU_SITE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = cpu_python_path(os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")]))
     print(f"[models] {' '.join(arguments)}", file=sys.stderr, flush=True)
     status = subprocess.run([sys.executable, "-m", *arguments], env={**os.environ, "PYTHONPATH": path}, check=False)
     if status.returncode:

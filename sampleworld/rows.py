@@ -286,16 +286,22 @@ def write_rows(path: Path, recipe: str, *, seed: int, batch_rows: int, num_rows:
     messages = pa.list_(pa.struct([("role", pa.string()), ("content", pa.list_(_PART))]))
     schema = pa.schema([("prompt", messages), ("completion", messages), ("images", pa.list_(_IMAGE))])
     drawn = batched_by_length(draw_rows(recipe, seed=seed, num_rows=num_rows), batch_rows, random.Random(seed))
+    write_records(path, schema, (training_record(row, image) for row, image in drawn))
+
+
+def write_records(path: Path, schema: pa.Schema, records: Iterator[dict[str, Any]]) -> None:
+    """Writes records as Parquet, some thousands at a time."""
     with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-        while records := [_record(row, image) for row, image in itertools.islice(drawn, ROWS_PER_GROUP)]:
-            writer.write_table(pa.Table.from_pylist(records, schema=schema))
+        while part := list(itertools.islice(records, ROWS_PER_GROUP)):
+            writer.write_table(pa.Table.from_pylist(part, schema=schema))
 
 
 _PART = pa.struct([("type", pa.string()), ("text", pa.string())])
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-def _record(row: TrainingRow, image: bytes) -> dict[str, object]:
+def training_record(row: TrainingRow, image: bytes) -> dict[str, Any]:
+    """Returns a row as the columns that trainers read."""
     system = [{"role": "system", "content": [{"type": "text", "text": row.system}]}] if row.system else []
     user = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": row.user}]}
     return {

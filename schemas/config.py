@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from schemas.errors import ConfigError
 from schemas.samples import AnswerType, Kind, Topic
+from schemas.settings import read_yaml, wrong_settings
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -286,14 +286,7 @@ def load_config(path: str | Path) -> RunConfig:
     Raises ConfigError: with one line per problem, naming the setting, the value seen and what is expected.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}") from error
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    raw = read_yaml(path, "the configuration ")
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} must hold a mapping of settings, not {type(raw).__name__}")
     return parse_config(raw, origin=str(path))
@@ -304,10 +297,7 @@ def parse_config(raw: dict[str, Any], *, origin: str = "configuration") -> RunCo
     try:
         return RunConfig.model_validate(_expand_environment(raw))
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
-        ]
-        raise ConfigError(f"{origin} has {error.error_count()} problem(s):\n" + "\n".join(lines)) from error
+        raise wrong_settings(origin, error) from error
 
 
 def _expand_environment(value: Any) -> Any:

@@ -10,10 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from schemas.errors import ConfigError
+from schemas.settings import read_yaml, wrong_settings
 
 ProgramName = Literal["annealing", "bpo", "evaluate"]
 PROGRAMS: tuple[ProgramName, ...] = get_args(ProgramName)
@@ -105,13 +104,6 @@ def load_training_config(path: str | Path) -> TrainingConfig:
     """
     path = Path(path)
     try:
-        return TrainingConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the training configuration {path}: {error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        return TrainingConfig.model_validate(read_yaml(path, "the training configuration "))
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
-        ]
-        raise ConfigError(f"{path} has {error.error_count()} problem(s):\n" + "\n".join(lines)) from error
+        raise wrong_settings(path, error) from error

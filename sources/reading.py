@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 
 from schemas.config import RunConfig, SourceConfig
-from schemas.errors import BimodeError, ConfigError, RowError, SourceError
-from schemas.fates import Exit, Fate
+from schemas.errors import ConfigError, RowError, SourceError
+from schemas.fates import Fate
 from schemas.samples import Sample
 from sources import hub, json_rows, parquet
 from sources.columns import ColumnWatch, Row, mapped_columns, missing_column, top_level_columns
 from sources.files import JSON_SUFFIXES, PARQUET_SUFFIXES, SourceFile, find_files, local_folder
 from sources.image_values import ImageRoots
 from sources.images import ImageStore
-from sources.rows import Draft, build_sample
-from sources.text import clean_text
+from sources.outcomes import row_outcome, storable
+from sources.rows import build_sample
 from sources.units import RowRange, Unit
 
 STAGE = "sources"
 """The stage named in the fates of this package."""
 
-MAX_FATE_CHARS = 500
 _ESSENTIAL = frozenset({"question", "conversations"})
 """Settings whose column every file must have; other columns may be absent from some JSON files of a source."""
 
@@ -61,41 +61,16 @@ def read_unit(unit: Unit, config: RunConfig, store: ImageStore) -> tuple[list[Sa
     samples: list[Sample] = []
     fates: list[Fate] = []
     for index, row in enumerate(_raw_rows(unit, source), start=unit.start):
-        origin = _storable(f"{unit.source}:{unit.file}#{index}")
-        draft = Draft()
-        try:
-            if isinstance(row, RowError):
-                raise row
-            samples.append(build_sample(row, source=source, origin=origin, store=store, roots=roots, draft=draft))
-        except BimodeError:
-            raise
-        except RowError as error:
-            fates.append(_fate(unit.source, origin, draft, error))
-        except Exception as error:  # noqa: BLE001 - one odd row must not end the run; its fate records the error
-            unforeseen = RowError("row_unreadable", f"{type(error).__name__}: {error}")
-            fates.append(_fate(unit.source, origin, draft, unforeseen))
+        origin = storable(f"{unit.source}:{unit.file}#{index}")
+        build = partial(build_sample, source=source, origin=origin, store=store, roots=roots)
+        outcome = row_outcome(row, build, source=unit.source, origin=origin, stage=STAGE)
+        if isinstance(outcome, Sample):
+            samples.append(outcome)
+        else:
+            fates.append(outcome)
     num_out = len(samples) + len(fates)
     assert num_out == unit.num_rows, f"{unit} has {unit.num_rows} rows, but {num_out} came out"
     return samples, fates
-
-
-def _fate(source: str, origin: str, draft: Draft, error: RowError) -> Fate:
-    return Fate(
-        origin=origin,
-        id=None,
-        source=source,
-        stage=STAGE,
-        exit=Exit.QUARANTINED,
-        reason=error.reason,
-        detail=_storable(error.detail)[:MAX_FATE_CHARS],
-        question=_storable(draft.question[: 2 * MAX_FATE_CHARS])[:MAX_FATE_CHARS],
-        images=tuple(image.sha256 for image in draft.images),
-    )
-
-
-def _storable(text: str) -> str:
-    """Returns text that Arrow can store: file names may hold bytes that are not UTF-8."""
-    return clean_text(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _check_settings(source: SourceConfig) -> None:

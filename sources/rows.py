@@ -39,7 +39,7 @@ class Draft:
 
 
 def build_sample(
-    row: Row, *, source: SourceConfig, origin: str, store: ImageStore, roots: ImageRoots, draft: Draft
+    row: Row, draft: Draft, *, source: SourceConfig, origin: str, store: ImageStore, roots: ImageRoots
 ) -> Sample:
     """Returns the sample of a raw row and stores its images. `draft` is filled on the way.
 

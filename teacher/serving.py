@@ -271,10 +271,13 @@ def server_environment(build: VllmBuild, serve: ServeConfig, endpoint: EndpointC
     if build.is_cpu:
         # GiB for the key-value cache; the default takes half of the machine's memory.
         environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        # See cpu_site/sitecustomize.py: torchvision from PyPI beside a CPU torch.
-        paths = [str(_HERE / "cpu_site"), *filter(None, [environment.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["PYTHONPATH"] = cpu_python_path(environment.get("PYTHONPATH"))
     return environment
+
+
+def cpu_python_path(inherited: str | None) -> str:
+    """Returns the PYTHONPATH of a process with a CPU build of torch. See cpu_site/sitecustomize.py for why."""
+    return os.pathsep.join([str(_HERE / "cpu_site"), *filter(None, [inherited])])
 
 
 def _model_folder(model: str) -> Path | None:

@@ -37,8 +37,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
 from schemas.config import Columns, SourceConfig
-from schemas.errors import BimodeError, RowError, SourceError
-from schemas.fates import Exit, Fate
+from schemas.errors import RowError, SourceError
+from schemas.fates import Fate
 from schemas.question import OPTION_LETTERS
 from schemas.requests import derived_seed
 from schemas.samples import AnswerType, Sample, Topic
@@ -46,8 +46,8 @@ from sources import ImageStore, json_rows, parquet
 from sources.columns import Row
 from sources.files import JSON_SUFFIXES, PARQUET_SUFFIXES, SourceFile, find_files, local_folder, open_binary, reading
 from sources.image_values import ImageRoots, encoded_images
+from sources.outcomes import row_outcome
 from sources.rows import Draft, build_sample
-from sources.text import clean_text
 from sources.units import Unit
 
 STAGE = "evaluation"
@@ -62,7 +62,6 @@ MAX_LITERAL_CHARS = 100_000
 MAX_ANSWERS = 64
 """Most alternative answers of one row; annotated benchmarks have ten."""
 
-_MAX_DETAIL_CHARS = 500
 _TSV_SUFFIXES = (".tsv", ".tsv.gz")
 _UNDECODED = re.compile("[\udc80-\udcff]")
 _QUOTED_LIST = re.compile(r"\[\s*(?:'[^']*'|\"[^\"]*\")(?:\s*,\s*(?:'[^']*'|\"[^\"]*\"))*\s*,?\s*\]")
@@ -70,25 +69,18 @@ _QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 Format = Literal["corpus", "samples", "vlmevalkit"]
 
+_SAMPLE_COLUMNS = Columns(
+    images="images",
+    choices="choices",
+    answer="answer",
+    id="id",
+    topic="topic",
+    kind="kind",
+    answer_type="answer_type",
+)
 _COLUMNS: dict[Format, Columns] = {
-    "corpus": Columns(
-        images="images",
-        choices="choices",
-        answer="reference",
-        id="id",
-        topic="topic",
-        kind="kind",
-        answer_type="answer_type",
-    ),
-    "samples": Columns(
-        images="images",
-        choices="choices",
-        answer="answer",
-        id="id",
-        topic="topic",
-        kind="kind",
-        answer_type="answer_type",
-    ),
+    "corpus": _SAMPLE_COLUMNS.model_copy(update={"answer": "reference"}),
+    "samples": _SAMPLE_COLUMNS,
     "vlmevalkit": Columns(images="images", choices="choices", answer="answer", id="index"),
 }
 _REQUIRED: dict[Format, tuple[str, ...]] = {
@@ -194,7 +186,8 @@ def read_benchmark(
         roots = _image_roots(config, file.file)
         for number, row in file.rows(partial(_is_drawn, drawn, first)):
             origin = f"{config.name}:{file.file.name}#{number}"
-            outcome = _question(row, source, origin=origin, store=store, roots=roots)
+            build = partial(_question, source=source, origin=origin, store=store, roots=roots)
+            outcome = row_outcome(row, build, source=config.name, origin=origin, stage=STAGE)
             if isinstance(outcome, Question):
                 questions.append(outcome)
             else:
@@ -231,43 +224,16 @@ def _image_roots(config: BenchmarkConfig, file: SourceFile) -> ImageRoots:
 
 
 def _question(
-    row: Row | RowError, source: SourceConfig, *, origin: str, store: ImageStore, roots: ImageRoots
-) -> Question | Fate:
-    draft = Draft()
-    try:
-        if isinstance(row, RowError):
-            raise row
-        sample = build_sample(row, source=source, origin=origin, store=store, roots=roots, draft=draft)
-        other_answers = tuple(row.get("other_answers") or ())
-        category = row.get("category")
-        return Question(sample, partial(_load_images, sample, store), other_answers, category and str(category))
-    except BimodeError:
-        raise
-    except RowError as error:
-        return _fate(source.name, origin, draft, error)
-    except Exception as error:  # noqa: BLE001 - one odd row must not end the run; its fate records the error
-        return _fate(source.name, origin, draft, RowError("row_unreadable", f"{type(error).__name__}: {error}"))
+    row: Row, draft: Draft, *, source: SourceConfig, origin: str, store: ImageStore, roots: ImageRoots
+) -> Question:
+    sample = build_sample(row, draft, source=source, origin=origin, store=store, roots=roots)
+    other_answers = tuple(row.get("other_answers") or ())
+    category = row.get("category")
+    return Question(sample, partial(_load_images, sample, store), other_answers, category and str(category))
 
 
 def _load_images(sample: Sample, store: ImageStore) -> list[Image.Image]:
     return [Image.open(io.BytesIO(store.read(image.sha256))).convert("RGB") for image in sample.images]
-
-
-def _fate(name: str, origin: str, draft: Draft, error: RowError) -> Fate:
-    return Fate(
-        origin=origin,
-        id=None,
-        source=name,
-        stage=STAGE,
-        exit=Exit.QUARANTINED,
-        reason=error.reason,
-        detail=_storable(error.detail)[:_MAX_DETAIL_CHARS],
-        question=_storable(draft.question)[:_MAX_DETAIL_CHARS],
-    )
-
-
-def _storable(text: str) -> str:
-    return clean_text(text.encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def _open(config: BenchmarkConfig, file: SourceFile, store: ImageStore) -> _File:

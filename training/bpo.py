@@ -35,8 +35,8 @@ from trl import GRPOConfig, GRPOTrainer
 from schemas.config import VerificationConfig
 from schemas.errors import TrainingError
 from schemas.samples import Topic
-from schemas.template import BARE_TURN, CHAT_TEMPLATE
-from training.checkpoints import TrueResume, accept_no_images, load_checkpoint
+from schemas.template import BARE_TURN
+from training.checkpoints import TrueResume, accept_no_images, load_policy
 from training.programs import ProgramConfig, Result, RunFolder, run_program, train_to_end
 from training.questions import load_questions
 from training.rewards import RuleReward
@@ -206,6 +206,22 @@ def grpo_arguments(config: BpoConfig, num_processes: int) -> GRPOConfig:
     )
 
 
+def build_trainer(
+    config: BpoConfig, arguments: GRPOConfig, model: Any, processor: Any, rows: Any, reward: Any
+) -> BpoTrainer:
+    """Returns the trainer of a policy, as `load_policy` returns it. Raises TrainingError: its think tokens are none."""
+    half = config.half_group if config.rollouts == "bimode" else None
+    return BpoTrainer(
+        newline_id=processor.tokenizer.encode("\n", add_special_tokens=False)[0],
+        model=model,
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=rows,
+        processing_class=processor,
+        rollout_func=BimodeRollout(processor.tokenizer, half=half, choice_has_loss=config.choice_token_loss),
+    )
+
+
 class _UnscoredIsCounted(logging.Filter):
     """Drops TRL's warning on each reply without a reward, which quotes the whole row: `bpo/unscored_*` counts them."""
 
@@ -224,25 +240,13 @@ def bpo(config: BpoConfig) -> Result:
         return finished
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func: what is used of it is held by tests
     logging.getLogger("trl.trainer.grpo_trainer").addFilter(_UnscoredIsCounted())
-    model, processor = load_checkpoint(config.model, bf16=False)
-    processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
-    processor.tokenizer.padding_side = "left"  # the trainer pads prompts so, and asks the processor for the same
+    model, processor = load_policy(config.model)
     questions = load_questions(
         config.corpus, processor, folder.path, topics=config.topics, max_prompt_tokens=config.max_prompt_tokens
     )
-    half = config.half_group if config.rollouts == "bimode" else None
-    rollout = BimodeRollout(processor.tokenizer, half=half, choice_has_loss=config.choice_token_loss)
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     with RuleReward(config.verification, format_weight=config.format_weight) as reward:
-        trainer = BpoTrainer(
-            newline_id=processor.tokenizer.encode("\n", add_special_tokens=False)[0],
-            model=model,
-            reward_funcs=reward,
-            args=grpo_arguments(config, num_processes),
-            train_dataset=questions.rows,
-            processing_class=processor,
-            rollout_func=rollout,
-        )
+        trainer = build_trainer(config, grpo_arguments(config, num_processes), model, processor, questions.rows, reward)
         output = train_to_end(trainer, folder)
     return folder.finish(
         {

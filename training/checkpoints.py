@@ -39,6 +39,18 @@ def prepare_model(path: str, *, bf16: bool) -> tuple[Any, Any]:
     return model, processor
 
 
+def load_policy(path: str) -> tuple[Any, Any]:
+    """Returns an annealed model and its processor as GRPO trains them: in float32, prompts padded on the left.
+
+    The trainer pads prompts on the left itself and asks the processor for the kind of each token, padded as the
+    processor likes: both must agree, or image tokens are taken for others. Raises TrainingError.
+    """
+    model, processor = load_checkpoint(path, bf16=False)
+    processor.chat_template = processor.tokenizer.chat_template = CHAT_TEMPLATE
+    processor.tokenizer.padding_side = "left"
+    return model, processor
+
+
 def accept_no_images(model: Any) -> None:
     """Makes a model take an empty batch of images for none.
 

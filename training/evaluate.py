@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 import torch
 from pydantic import Field, model_validator
 
-from corpus.storage import replacing, storage_errors, write_text
+from corpus.storage import append_json_line, replacing, storage_errors, write_text
 from judges.answers import VerifierPool
 from schemas.config import EndpointConfig, ImageLimits, VerificationConfig
 from schemas.errors import Interrupted, TrainingError
@@ -169,8 +169,7 @@ class Progress:
             "tokens_per_second": self.num_tokens / seconds if seconds else 0.0,
             **values,
         }
-        with storage_errors(self.path, "write"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(self.path, line)
         print(f"{self.what} reply {self.step}/{self.num_steps} {seconds:.0f} s", file=sys.stderr, flush=True)
 
 

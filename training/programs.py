@@ -25,13 +25,13 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
-from corpus.storage import storage_errors, write_text
+from corpus.storage import append_json_line, read_json, storage_errors, write_text
 from schemas.errors import BimodeError, ConfigError, Interrupted, StorageError, TrainingError
+from schemas.settings import read_yaml, wrong_settings
 
 
 class ProgramConfig(BaseModel):
@@ -50,16 +50,9 @@ Result = dict[str, Any]
 def load_program_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
     """Returns the configuration in a YAML file. Raises ConfigError: naming each wrong setting and the value seen."""
     try:
-        return config_type.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        return config_type.model_validate(read_yaml(path))
     except ValidationError as error:
-        lines = [
-            f"  {'.'.join(map(str, e['loc'])) or '(top)'}: {e['msg']} (got {e['input']!r:.80})" for e in error.errors()
-        ]
-        raise ConfigError(f"{path} has {error.error_count()} problem(s):\n" + "\n".join(lines)) from error
+        raise wrong_settings(path, error) from error
 
 
 FREE_SETTINGS = frozenset({"output", "log_steps", "save_steps"})
@@ -82,11 +75,7 @@ class RunFolder:
 
     def result(self) -> Result | None:
         """Returns what a finished run left, or None. Raises StorageError: the file cannot be read."""
-        path = self.path / "result.json"
-        if not path.exists():
-            return None
-        with storage_errors(path, "read"):
-            found: Result = json.loads(path.read_text(encoding="utf-8"))
+        found: Result | None = read_json(self.path / "result.json")
         return found
 
     def begin(self, config: ProgramConfig) -> Result | None:
@@ -97,9 +86,8 @@ class RunFolder:
         """
         settings = json.loads(config.model_dump_json())
         path = self.path / "config.json"
-        if path.exists():
-            with storage_errors(path, "read"):
-                before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
+        if before is not None:
             changed = [
                 name for name in sorted({*settings, *before} - FREE_SETTINGS) if settings.get(name) != before.get(name)
             ]
@@ -142,8 +130,7 @@ class MetricsFile(TrainerCallback):
         seconds = round(time.monotonic() - self.started, 3)
         values = {name: _finite(value) for name, value in (logs or {}).items()}
         line = {"step": state.global_step, "num_steps": state.max_steps, "seconds": seconds, **values}
-        with storage_errors(self.path, "write"), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_line(self.path, line)
         loss = (logs or {}).get("loss")
         print(f"step {state.global_step}/{state.max_steps} loss {loss} {seconds:.0f} s", file=sys.stderr, flush=True)
         if isinstance(loss, float) and not math.isfinite(loss):

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from schemas.errors import TrainingError
-from schemas.samples import AnswerType, Kind, Sample, Topic
-from training.rows import load_rows, measure_prompts
+from schemas.samples import Kind, Sample, Topic, sample_from_record
+from training.rows import decode_rows, load_rows, measure_prompts
 
 COLUMNS = (
     "id",
@@ -60,9 +60,7 @@ def load_questions(
             kept.append(index)
     if not kept:
         raise TrainingError(f"{patterns} hold no question that can be checked by rule: {dict(reasons)} were skipped")
-    rows = loaded.select(kept)
-    decode = rows.format["format_kwargs"]["transform"]
-    return Questions(rows.with_transform(lambda batch: question_rows(decode(batch))), dict(reasons))
+    return Questions(loaded.select(kept).with_transform(question_rows), dict(reasons))
 
 
 def skip_reason(row: dict[str, Any], topics: set[str]) -> str:
@@ -77,24 +75,17 @@ def skip_reason(row: dict[str, Any], topics: set[str]) -> str:
 
 
 def question_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-    """Returns decoded corpus rows as the trainer's: `prompt`, `images`, and the `sample` that the reward judges by."""
+    """Returns corpus rows as the trainer's: `prompt`, `images`, and the `sample` that the reward judges by."""
+    decoded = decode_rows(batch)
     records = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
     return {
-        "prompt": batch["prompt"],
-        "images": batch["images"],
+        "prompt": decoded["prompt"],
+        "images": decoded["images"],
         "sample": [_sample(record) for record in records],
     }
 
 
 def _sample(record: dict[str, Any]) -> Sample:
-    return Sample(
-        id=record["id"],
-        source=record["source"],
-        origin=record["origin"],
-        question=record["question"],
-        choices=tuple(record["choices"]),
-        answer=record["reference"],
-        topic=record["topic"] and Topic(record["topic"]),
-        kind=Kind(record["kind"]),
-        answer_type=record["answer_type"] and AnswerType(record["answer_type"]),
-    )
+    """Returns the question of a corpus row as verification needs it, without its images."""
+    left_out: dict[str, Any] = {"images": [], "source_id": None, "licence": None}
+    return sample_from_record({**record, **left_out, "answer": record["reference"]})

@@ -45,10 +45,8 @@ def forced_prefix(tokenizer: Any, mode: ThinkingMode, *, choice_has_loss: bool =
     one decision; or the tags are special tokens, which decoding would strip before the reward sees them.
     """
     for tag in (OPEN_THINK, CLOSE_THINK):
-        if (
-            len(tokenizer.encode(tag, add_special_tokens=False)) != 1
-            or tokenizer.decode(tokenizer.encode(tag, add_special_tokens=False), skip_special_tokens=True) != tag
-        ):
+        tag_ids = tokenizer.encode(tag, add_special_tokens=False)
+        if len(tag_ids) != 1 or tokenizer.decode(tag_ids, skip_special_tokens=True) != tag:
             raise TrainingError(f"{tag} is not an ordinary token of its own in this model: anneal it first")
     token_ids = tuple(tokenizer.encode(FORCED_PREFIX[mode], add_special_tokens=False))
     expected = {ThinkingMode.AUTO: 1, ThinkingMode.LONG: 2, ThinkingMode.SHORT: 3}[mode]

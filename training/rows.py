@@ -93,14 +93,14 @@ def load_rows(patterns: list[str], columns: Sequence[str] = TRAINING_COLUMNS) ->
         raise TrainingError(f"{patterns} lack the columns {missing}; they have {rows.column_names}")
     if len(rows) == 0:
         raise TrainingError(f"{patterns} hold no rows")
-    return rows.select_columns(list(columns)).with_transform(_decode_rows)
+    return rows.select_columns(list(columns)).with_transform(decode_rows)
 
 
 def without_thoughts(rows: Any) -> Any:
     """Returns the rows of `load_rows` with the empty think block in place of each thought, and the same answers."""
 
     def decode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        decoded = _decode_rows(batch)
+        decoded = decode_rows(batch)
         return {**decoded, "completion": [[_without_thought(m) for m in row] for row in decoded["completion"]]}
 
     return rows.with_transform(decode)
@@ -224,7 +224,7 @@ def _num_tokens(ids: list[int], images: pa.ListScalar, processor: Any) -> tuple[
     return len(ids) - len(sizes) + sum(found.num_image_tokens), None
 
 
-def _decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+def decode_rows(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     """Returns rows with images as RGB pictures and messages without the empty fields that Arrow adds."""
     decoded = dict(batch)
     for column in ("prompt", "completion"):

@@ -32,7 +32,8 @@ from schemas.template import (
 )
 from training import programs
 from training.annealing import AnnealingConfig, anneal
-from training.bpo import BpoConfig, BpoTrainer, bpo, check_images, grpo_arguments
+from training.bpo import BpoConfig, BpoTrainer, bpo, build_trainer, check_images, grpo_arguments
+from training.checkpoints import load_policy
 from training.programs import RunFolder
 from training.questions import load_questions
 from training.rewards import RuleReward
@@ -137,25 +138,9 @@ class ScriptedReward(RuleReward):
 
 
 def make_trainer(settings: BpoConfig, reward: RuleReward) -> BpoTrainer:
-    processor = AutoProcessor.from_pretrained(settings.model)
-    processor.chat_template = CHAT_TEMPLATE
-    processor.tokenizer.padding_side = "left"
-    from training.checkpoints import load_checkpoint
-
-    model, _ = load_checkpoint(settings.model, bf16=False)
-    return BpoTrainer(
-        newline_id=processor.tokenizer.encode("\n")[0],
-        model=model,
-        reward_funcs=reward,
-        args=grpo_arguments(settings, 1),
-        train_dataset=load_questions(settings.corpus, processor, Path(settings.output), max_prompt_tokens=8192).rows,
-        processing_class=processor,
-        rollout_func=BimodeRollout(
-            processor.tokenizer,
-            half=settings.half_group if settings.rollouts == "bimode" else None,
-            choice_has_loss=settings.choice_token_loss,
-        ),
-    )
+    model, processor = load_policy(settings.model)
+    rows = load_questions(settings.corpus, processor, Path(settings.output), max_prompt_tokens=8192).rows
+    return build_trainer(settings, grpo_arguments(settings, 1), model, processor, rows, reward)
 
 
 def rolled_out(trainer: BpoTrainer, rows: list[int], copies: int) -> dict[str, Any]:
