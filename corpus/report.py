@@ -17,12 +17,14 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from corpus.accounting import accounting_figures, gpu_time, money
 from corpus.excerpts import ShownFate, ShownRow
 from corpus.tally import PROBABILITY_EDGES, TRACE_EDGES, CorpusTally, ModeCount, bin_labels
 from schemas.config import PricesConfig
 from schemas.fates import StageCount
 from schemas.question import OPTION_LETTERS
 from schemas.samples import Topic
+from schemas.usage import Ledger
 
 PAPER_TABLE_1: Mapping[Topic, ModeCount] = {
     Topic.GENERAL: ModeCount(think=1_365_693, direct=1_351_060),
@@ -62,26 +64,6 @@ _CONTROL_CHARACTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True)
-class PurposeUsage:
-    """What one purpose cost in this run.
-
-    num_calls: calls answered in this run; num_reused: replies taken from the journal instead. num_retries: attempts
-    beyond the first; num_failures: calls given up. Tokens and seconds are those of the calls made, the seconds summed
-    over calls that ran at the same time.
-    """
-
-    purpose: str
-    num_calls: int
-    num_reused: int = 0
-    num_retries: int = 0
-    num_failures: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cached_tokens: int = 0
-    seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class LeakedPair:
     """A row that leaks a benchmark question.
 
@@ -117,7 +99,8 @@ class ReportInputs:
 
     created: ISO 8601 time. recipe, inputs: digests. stages: the count of each stage, in order; the first one's rows in
     are the rows read. tally: of the shards (`tally_corpus`). benchmarks: how far each leaked into the rows read,
-    if any were given. rows, fates: those shown (`pick_rows`, `pick_fates`).
+    if any were given. costs: of every stored reply that the rows asked for, whoever paid. paid: by the run that makes
+    this report. rows, fates: those shown (`pick_rows`, `pick_fates`).
     audit: rows by (num_right, num_scored) of the whole audit slice, if the caller kept it; by default those of the
     corpus, which miss the rows dropped after labelling.
     """
@@ -131,7 +114,8 @@ class ReportInputs:
     reasoner: str
     stages: Mapping[str, StageCount]
     tally: CorpusTally
-    usage: Sequence[PurposeUsage] = ()
+    costs: Ledger = field(default_factory=dict)
+    paid: Ledger = field(default_factory=dict)
     benchmarks: Sequence[BenchmarkLeaks] = ()
     prices: PricesConfig = field(default_factory=PricesConfig)
     rows: Sequence[ShownRow] = ()
@@ -163,6 +147,8 @@ def build_report(inputs: ReportInputs) -> tuple[str, dict[str, Any]]:
     )
     environment.filters |= {
         "whole": whole,
+        "money": money,
+        "gpu_time": gpu_time,
         "short": lambda number: short_number(number).replace(" ", "\u00a0"),
         "percent": lambda share: percent(share).replace(" ", "\u00a0"),
         "words": lambda name: plain_text(name.replace("_", " "), LABEL_CHARACTERS).text,
@@ -191,7 +177,6 @@ def report_figures(inputs: ReportInputs) -> dict[str, Any]:
     """Returns the figures of a report as plain JSON-able values. Raises AssertionError as `build_report` does."""
     _check_conservation(inputs)
     tally = inputs.tally
-    usage = [_usage_figures(use, inputs.prices) for use in inputs.usage]
     return {
         "name": inputs.name,
         "version": inputs.version,
@@ -200,7 +185,7 @@ def report_figures(inputs: ReportInputs) -> dict[str, Any]:
         "inputs": inputs.inputs,
         "teacher": inputs.teacher,
         "reasoner": inputs.reasoner,
-        "summary": _summary_figures(inputs, usage),
+        "summary": _summary_figures(inputs),
         "funnel": [_stage_figures(stage, count) for stage, count in inputs.stages.items()],
         "reasons": _reason_figures(inputs.stages),
         "topics": _topic_figures(tally),
@@ -225,13 +210,13 @@ def report_figures(inputs: ReportInputs) -> dict[str, Any]:
                 for label, rows in zip(bin_labels(TRACE_EDGES, is_last_open=True), tally.traces.bins, strict=True)
             ],
         },
-        "usage": usage,
+        "accounting": accounting_figures(inputs.costs, inputs.paid, inputs.prices),
         "benchmarks": [asdict(benchmark) for benchmark in inputs.benchmarks],
     }
 
 
 def summary_table(figures: Mapping[str, Any]) -> str:
-    """Returns the funnel, the table by topic and mode, and the calls as plain text for a terminal."""
+    """Returns the funnel, the table by topic and mode, and what the replies cost as plain text for a terminal."""
     summary = figures["summary"]
     stages = [
         [row["stage"], *(whole(row[key]) for key in ("in", "kept", "dropped", "quarantined"))]
@@ -246,8 +231,6 @@ def summary_table(figures: Mapping[str, Any]) -> str:
         ]
         for row in figures["topics"]
     ]
-    keys = ("num_calls", "num_reused", "num_retries", "num_failures", "prompt_tokens", "completion_tokens")
-    calls = [[row["purpose"], *(whole(row[key]) for key in keys)] for row in figures["usage"]]
     title = (
         f"{figures['name']} {figures['version']}: {whole(summary['rows_in'])} rows read, "
         f"{whole(summary['rows_out'])} in the corpus, {percent(summary['share_think'])} of them thinking"
@@ -256,10 +239,31 @@ def summary_table(figures: Mapping[str, Any]) -> str:
         _text_table(["stage", "in", "kept", "dropped", "quarantined"], stages),
         _text_table(["topic", "direct", "think", "total", "thinking", "paper"], topics),
     ]
-    if calls:
-        names = ["teacher calls", "made", "reused", "retries", "failures", "prompt tokens", "completion tokens"]
-        tables.append(_text_table(names, calls))
+    # The report of a version that an earlier program made has no accounting.
+    accounting = figures.get("accounting")
+    if accounting is not None and accounting["costs"]["total"]["num_replies"]:
+        tables.append(_cost_table(accounting))
     return "\n\n".join([plain_text(title, 400).text, *tables])
+
+
+def _cost_table(accounting: Mapping[str, Any]) -> str:
+    """Returns what the replies cost by purpose, with a total, as plain text."""
+    columns = {
+        "calls": "num_calls",
+        "replies": "num_replies",
+        "retries": "num_retries",
+        "prompt tokens": "prompt_tokens",
+        "cached": "cached_tokens",
+        "completion tokens": "completion_tokens",
+    }
+    costs = accounting["costs"]
+    named = [*((row["purpose"], row) for row in costs["by_purpose"]), ("all", costs["total"])]
+    rows = [[name, *(whole(row[key]) for key in columns.values())] for name, row in named]
+    names = ["replies to", *columns]
+    if accounting["has_prices"]:
+        names.append("cost")
+        rows = [[*cells, money(row)] for cells, (_, row) in zip(rows, named, strict=True)]
+    return _text_table(names, rows)
 
 
 def plain_text(text: str, limit: int) -> Clipped:
@@ -308,9 +312,8 @@ def _rows_in(stages: Mapping[str, StageCount]) -> int:
     return next((count.num_in for count in stages.values()), 0)
 
 
-def _summary_figures(inputs: ReportInputs, usage: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _summary_figures(inputs: ReportInputs) -> dict[str, Any]:
     num_in, rows = _rows_in(inputs.stages), inputs.tally.rows
-    sums = {key: sum(use[key] for use in usage) for key in (*_USAGE_COUNTS, "seconds", "cost")}
     return {
         "rows_in": num_in,
         "rows_out": rows.total,
@@ -323,24 +326,7 @@ def _summary_figures(inputs: ReportInputs, usage: Sequence[Mapping[str, Any]]) -
         "images": inputs.tally.num_images,
         "text_only": inputs.tally.num_text_only,
         "paper_share_think": _paper_total().share_think,
-        **sums,
     }
-
-
-_USAGE_COUNTS = (
-    "num_calls",
-    "num_reused",
-    "num_retries",
-    "num_failures",
-    "prompt_tokens",
-    "completion_tokens",
-    "cached_tokens",
-)
-
-
-def _usage_figures(use: PurposeUsage, prices: PricesConfig) -> dict[str, Any]:
-    cost = (use.prompt_tokens * prices.prompt + use.completion_tokens * prices.completion) / 1e6
-    return {**asdict(use), "cost": cost}
 
 
 def _stage_figures(stage: str, count: StageCount) -> dict[str, Any]:

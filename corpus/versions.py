@@ -34,8 +34,10 @@ BUILDING = ".building"
 LATEST = "latest"
 CARD, REPORT, FIGURES, FATES = "README.md", "report.html", "report.json", "fates.parquet"
 COMPANIONS = (CARD, FATES, REPORT, FIGURES)
-"""What every version holds beside its shards. The manifest keeps their checksums, but the corpus digest leaves them
-out: a report drawn differently is no new corpus."""
+"""What every version holds beside its shards."""
+_CHECKED = (CARD, FATES)
+"""Those whose checksums are in the manifest, though not in the corpus digest. The report tells what the run paid, too:
+a run that was killed and started again pays otherwise for the same corpus, and its manifest must be the same."""
 
 _FORMAT = 1
 _VERSION_NAME = re.compile(r"v(\d{4,})")
@@ -232,7 +234,7 @@ def _companions(building: Path) -> tuple[FileInfo, ...]:
     missing = [name for name in COMPANIONS if not (building / name).is_file()]
     if missing:
         raise CorpusError(f"the version in {building} is incomplete: {', '.join(missing)} not written")
-    return tuple(FileInfo(name, file_sha256(building / name), (building / name).stat().st_size) for name in COMPANIONS)
+    return tuple(FileInfo(name, file_sha256(building / name), (building / name).stat().st_size) for name in _CHECKED)
 
 
 def _damage(folder: Path, manifest: Manifest) -> list[str]:

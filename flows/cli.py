@@ -1,7 +1,7 @@
 """The command line `bimode`.
 
 bimode curate --config my.yaml            curate a corpus
-bimode curate --config my.yaml --dry-run  say what would be asked, without asking
+bimode curate --config my.yaml --dry-run  say what would be asked, and what it would cost
 bimode train --config my.yaml             train on a corpus: annealing, BPO, evaluation
 bimode train --config my.yaml --dry-run   say what would run, and what has finished
 bimode up --config my.yaml                start Prefect's server, a worker and the teacher on this machine
@@ -60,8 +60,15 @@ def curate(
     ] = None,
     workdir: Annotated[str | None, typer.Option(help="Use this work folder instead of the configured one.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be asked, how many calls and tokens, and ask nothing.")
+        bool, typer.Option("--dry-run", help="Print what would be asked, how much, and at what price; ask nothing.")
     ] = False,
+    sample: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="With --dry-run: really ask about so many rows and scale what they cost; the run reuses the replies.",
+        ),
+    ] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Curate a bi-mode corpus. Killed and started again, it goes on where it was."""
@@ -71,8 +78,11 @@ def curate(
     from flows.estimate import estimate_run, render_estimate  # noqa: PLC0415
 
     with _user_errors():
+        if sample and not dry_run:
+            raise ConfigError(f"--sample {sample} belongs to --dry-run: a run labels all rows")
         if dry_run:
-            estimate = estimate_run(load_run(str(config), teacher_url=teacher_url, workdir=workdir))
+            settings = load_run(str(config), teacher_url=teacher_url, workdir=workdir)
+            estimate = estimate_run(settings, num_sampled=sample)
             print(json.dumps(estimate.to_record(), indent=2) if as_json else render_estimate(estimate))
             return
         load_run(str(config), teacher_url=teacher_url, workdir=workdir)
@@ -184,11 +194,13 @@ def summary(
             print(f"Prefect UI     {status.api_url.removesuffix('/api')}")
 
 
-def _result_text(result: dict[str, object]) -> str:
+def _result_text(result: dict[str, Any]) -> str:
+    # The record of a run that an earlier version made has the number of calls alone.
+    paid = result.get("paid") or {"text": f"made {result['new_teacher_calls']} teacher calls"}
     lines = [
         f"corpus         {result['corpus']} ({result['rows']} rows, {result['think']} of them thinking)",
         f"report         {result['report']}",
-        f"teacher calls  {result['new_teacher_calls']} made by the last run; all other replies came from the journal",
+        f"the last run   {paid['text']}",
     ]
     return "\n".join(lines)
 

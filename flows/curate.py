@@ -28,6 +28,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
 from flows import publishing, removing, stages
+from flows.accounting import Pace, duration, paid_line, progress_line, stage_total
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.publishing import Published
 from flows.removing import RemovalPlan
@@ -37,6 +38,7 @@ from flows.stages import Progress
 from flows.workspace import Marker
 from schemas.config import RunConfig, ServeConfig, SourceConfig, load_config
 from schemas.errors import ConfigError, QuarantineExceeded
+from schemas.usage import total_usage
 from sources import Unit, plan_units
 
 CORPUS_EVENT = "bimode.corpus.created"
@@ -104,39 +106,44 @@ Work = dict[str, Callable[[], Marker]]
 """What a stage has to do: by shard, the call that does it and returns its marker."""
 
 
-def _run_stage(stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> list[Marker]:
+def _run_stage(runtime: Runtime, stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> list[Marker]:
     """The body of a stage's subflow: plans its shards, runs a task for each, and shows progress while they run."""
     title = stages.STAGE_TITLES[stage]
     logger = get_run_logger()
     progress = Progress(num_rows)
     artifact: Any = create_progress_artifact(0.0, key=f"progress-{stage}", description=f"{title}: {num_rows:,} rows")
-    started = time.monotonic()
+    began = logged = time.monotonic()
+    pace = Pace(num_rows, began)
     work = plan(progress)
     futures = [_submit(stage, shard, call) for shard, call in work.items()]
-    logged = 0.0
     while waiting := [future for future in futures if not future.state.is_final()]:
         waiting[0].wait(timeout=_POLL_SECONDS)
-        update_progress_artifact(artifact, progress.percent)
-        seconds = time.monotonic() - started
-        if seconds - logged > _LOG_SECONDS:
-            logged = seconds
-            logger.info("%s: %s", title, _progress_line(progress, seconds))
+        now, line = time.monotonic(), _live_line(runtime, stage, progress, pace)
+        update_progress_artifact(artifact, progress.percent, description=f"{title}: {line}")
+        if now - logged > _LOG_SECONDS:
+            logged = now
+            logger.info("%s: %s", title, line)
     markers = [future.result() for future in futures]
-    update_progress_artifact(artifact, 100.0)
-    logger.info("%s: done, %s", title, _progress_line(progress, time.monotonic() - started))
+    ended = f"{progress.num_done:,} rows in {duration(time.monotonic() - began)}"
+    if stage in stages.LABELLING:
+        ended += f"; {paid_line(stage_total(runtime.accounts.paid(), stage))}"
+    update_progress_artifact(artifact, 100.0, description=f"{title}: {ended}")
+    logger.info("%s: done, %s", title, ended)
     return markers
+
+
+def _live_line(runtime: Runtime, stage: str, progress: Progress, pace: Pace) -> str:
+    """Looks at a stage and returns what is to be said of it now."""
+    load = runtime.load(stage)
+    num_done, num_skipped = progress.num_done, progress.num_skipped
+    pace.look(time.monotonic(), num_done=num_done, num_skipped=num_skipped, num_tokens=load.paid.completion_tokens)
+    return progress_line(pace, num_done, load)
 
 
 def _submit(stage: str, shard: str, call: Callable[[], Marker]) -> PrefectFuture[Marker]:
     """Returns the running task of one shard. Quoted, its work is passed on without Prefect looking inside."""
     future: PrefectFuture[Marker] = run_shard.submit(stage, shard, quote(call))  # type: ignore[call-overload]
     return future
-
-
-def _progress_line(progress: Progress, seconds: float) -> str:
-    rate = progress.num_done / seconds if seconds else 0.0
-    left = (progress.num_total - progress.num_done) / rate if rate else 0.0
-    return f"{progress.num_done:,} of {progress.num_total:,} rows, {rate:,.1f} rows/s, about {left:,.0f} s left"
 
 
 class Curation:
@@ -168,7 +175,7 @@ class Curation:
         # The subflow closes over its work, so that Prefect neither stores nor validates what the shards are made of.
         @flow(name=stage, task_runner=runner, persist_result=False)
         def run_stage() -> list[Marker]:
-            return _run_stage(stage, num_rows, plan)
+            return _run_stage(self.runtime, stage, num_rows, plan)
 
         self.markers[stage] = run_stage()
         self._check_quarantine(stage)
@@ -217,7 +224,7 @@ class Curation:
         inputs = [[marker.output for marker in new], [marker.digest for marker in settled.values()]]
         work = self._plan_removals(stages.DUPLICATES, new, inputs, find, stages.remove_duplicates, progress)
         for marker in settled.values():
-            progress.advance(marker.count.num_in)
+            progress.skip(marker.count.num_in)
             work[marker.shard] = lambda marker=marker: marker  # type: ignore[misc]
         return {marker.shard: work[marker.shard] for marker in done}
 
@@ -249,7 +256,7 @@ class Curation:
             finished = found[marker.shard]
             if finished is None:
                 return remove(self.runtime, marker, removals, digest, progress)
-            progress.advance(finished.count.num_in)
+            progress.skip(finished.count.num_in)
             return finished
 
         return {marker.shard: lambda marker=marker: work(marker) for marker in done}  # type: ignore[misc]
@@ -290,6 +297,11 @@ def curate(config: str = "bimode.yaml", teacher_url: str | None = None, workdir:
                 raise ConfigError("the sources hold no rows: check their paths and max_rows")
             logger.info("%s rows in %s shards of %s sources", f"{num_rows:,}", len(units), len(settings.sources))
             published = Curation(runtime, units).run()
+    except BaseException:
+        # What a run has paid is told even where it made no corpus.
+        if paid := runtime.accounts.paid():
+            logger.info("this run %s", paid_line(total_usage(paid.values())))
+        raise
     finally:
         runtime.close()
     _announce(settings.name, published)
@@ -310,7 +322,7 @@ def _announce(name: str, published: Published) -> None:
     )
     create_table_artifact([published.to_record()], key="corpus", description="The version that this run published")
     logger.info("corpus %s: %s\nreport: %s\n%s", published.version, published.folder, report, published.summary)
-    logger.info("%s teacher calls were made by this run", f"{published.num_new_calls:,}")
+    logger.info("this run %s", published.paid_line)
     if published.is_new and published.num_rows:
         emit_event(
             CORPUS_EVENT,

@@ -6,13 +6,17 @@ Every function takes a row and returns it, completed, or its fate. Rows that a s
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from filters.traces import TraceProblem, trace_problem
 from flows.work_rows import WorkRow
 from judges import difficulty, performance, reasoning, routing
 from judges.answers import VerifierPool
+from judges.retry import changed_retry, is_cut_short
+from judges.sampling_plan import SamplingPlans
 from schemas.config import RunConfig
 from schemas.errors import RowError
 from schemas.fates import Fate
@@ -23,18 +27,28 @@ from schemas.template import Completion, render_completion
 from schemas.verdicts import Failure, Mode, Verdict, unscored
 
 Ask = Callable[[TeacherRequest], Awaitable[Reply | CallFailure]]
+AskSamples = Callable[[Sequence[TeacherRequest]], Awaitable[list[Reply | CallFailure]]]
+_Reading = TypeVar("_Reading")
 REJECTED = "teacher_rejected"
 """The failure that no retry heals: the endpoint refuses this very request (too long, an image it cannot take)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """What a labelling function works with: the settings, the two endpoints and the verifiers."""
+    """What a labelling function works with: the settings, the two endpoints, the verifiers and the sampling plans.
+
+    ask_samples: asks the teacher for several samples of one question, in one call where that is possible. is_stored:
+    whether the teacher's reply is in the journal.
+    plans: shared by all shards of a process.
+    """
 
     config: RunConfig
     ask_teacher: Ask
+    ask_samples: AskSamples
+    is_stored: Callable[[TeacherRequest], bool]
     ask_reasoner: Ask
     verifiers: VerifierPool
+    plans: SamplingPlans
 
 
 Label = Callable[[WorkRow, Desk], Awaitable[WorkRow | Fate]]
@@ -48,58 +62,83 @@ async def label_route(row: WorkRow, desk: Desk) -> WorkRow | Fate:
         return replace(row, sample=routing.with_fallbacks(sample))
     questions = []
     if route.needs_kind:
-        questions.append((routing.ROUTING, routing.kind_request(sample), routing.with_kind))
+        questions.append((routing.kind_request(sample), routing.with_kind))
     if route.needs_topic:
-        questions.append((routing.TOPIC, routing.topic_request(sample), routing.with_topic))
-    for purpose, request, complete in questions:
-        reply = await desk.ask_teacher(request)
-        if isinstance(reply, CallFailure):
-            return row.quarantined("routing", reply.reason, reply.detail)
-        completed = complete(sample, reply)
-        if completed is None:
-            return row.quarantined("routing", f"{purpose}_unreadable", f"the teacher replied {reply.text[:80]!r}")
+        questions.append((routing.topic_request(sample), routing.with_topic))
+    for request, complete in questions:
+        completed = await _ask_readably(desk.ask_teacher, request, partial(complete, sample))
+        if isinstance(completed, CallFailure):
+            return row.quarantined("routing", completed.reason, completed.detail)
         sample = completed
     return replace(row, sample=sample)
+
+
+async def _ask_readably(
+    ask: Ask, request: TeacherRequest, read: Callable[[Reply], _Reading | None]
+) -> _Reading | CallFailure:
+    """Returns what a judge reads in the reply to its question; an unreadable reply gets one changed retry.
+
+    read: returns None for a reply that it cannot read. Two such replies are the failure "{purpose}_unreadable".
+    """
+    texts = []
+    for _ in range(2):
+        reply = await ask(request)
+        if isinstance(reply, CallFailure):
+            return reply
+        reading = None if is_cut_short(request, reply) else read(reply)
+        if reading is not None:
+            return reading
+        texts.append(f"{reply.text[:80]!r} ({reply.finish_reason})")
+        request = changed_retry(request, reply)
+    return CallFailure(f"{request.purpose}_unreadable", f"the teacher replied {texts[0]}, asked again {texts[1]}")
 
 
 async def label_difficulty(row: WorkRow, desk: Desk) -> WorkRow | Fate:
     """The difficulty heuristic, for subjective rows."""
     if row.sample.kind is not Kind.SUBJECTIVE:
         return row
-    reply = await desk.ask_teacher(difficulty.difficulty_request(row.sample))
-    if isinstance(reply, CallFailure):
-        return row.quarantined("difficulty", reply.reason, reply.detail)
-    decision = difficulty.difficulty_decision(reply, desk.config.difficulty)
-    if decision is None:
-        return row.quarantined("difficulty", "difficulty_unreadable", f"the teacher replied {reply.text[:80]!r}")
+    read = partial(difficulty.difficulty_decision, config=desk.config.difficulty)
+    decision = await _ask_readably(desk.ask_teacher, difficulty.difficulty_request(row.sample), read)
+    if isinstance(decision, CallFailure):
+        return row.quarantined("difficulty", decision.reason, decision.detail)
     return replace(row, decision=decision)
 
 
 async def label_performance(row: WorkRow, desk: Desk) -> WorkRow | Fate:
-    """The performance heuristic, for objective rows: sample, verify, stop when the label is settled."""
+    """The performance heuristic, for objective rows: sample, verify, stop when the label is settled.
+
+    Label, evidence and fate depend on the replies in order of their index, never on how the plan grouped them.
+    """
     if row.sample.kind is not Kind.OBJECTIVE:
         return row
-    settings = desk.config.performance
+    settings, source = desk.config.performance, row.sample.source
     is_audit = performance.is_audited(row.sample, settings, seed=desk.config.seed)
+    request = performance.performance_request(row.sample, 0, settings, seed=desk.config.seed)
+    replies: list[Reply | CallFailure] = []
     verdicts: list[Verdict] = []
-    last_failure: CallFailure | None = None
-    while indices := performance.next_indices(verdicts, settings, draw_all=is_audit or settings.exhaustive):
-        replies = await asyncio.gather(*(_ask_sample(row, index, desk) for index in indices))
-        for reply in replies:
-            if isinstance(reply, CallFailure):
-                last_failure = reply
-                if reply.reason == REJECTED:
-                    return row.quarantined("performance", reply.reason, reply.detail)
-        verdicts.extend(await asyncio.gather(*(_verify(reply, row, desk) for reply in replies)))
+
+    async def take(indices: range) -> None:
+        wave = await desk.ask_samples([request.sample(index) for index in indices])
+        replies.extend(wave)
+        verdicts.extend(await asyncio.gather(*(_verify(reply, row, desk) for reply in wave)))
+        desk.plans.observe(source, verdicts, wave)
+
+    while performance.num_needed(verdicts, settings, is_audit=is_audit):
+        if desk.is_stored(request.sample(len(verdicts))):
+            # Paid for already, and maybe enough: a changed verifier relabels without a call.
+            await take(range(len(verdicts), len(verdicts) + 1))
+        else:
+            async with desk.plans.of(source).turn(is_first=not verdicts):
+                await take(desk.plans.next_indices(source, verdicts, is_audit=is_audit))
+        num_counted = len(performance.evidence(verdicts, settings, is_audit=is_audit))
+        for reply in replies[:num_counted]:
+            if isinstance(reply, CallFailure) and reply.reason == REJECTED:
+                return row.quarantined("performance", reply.reason, reply.detail)
     decision = performance.performance_decision(verdicts, settings, is_audit=is_audit)
     if decision is None:
-        return _unlabelled(row, verdicts, last_failure, num_needed=settings.num_samples)
+        failures = [reply for reply in replies if isinstance(reply, CallFailure)]
+        return _unlabelled(row, verdicts, failures[-1] if failures else None, num_needed=settings.num_samples)
     return replace(row, decision=decision)
-
-
-def _ask_sample(row: WorkRow, index: int, desk: Desk) -> Awaitable[Reply | CallFailure]:
-    config = desk.config
-    return desk.ask_teacher(performance.performance_request(row.sample, index, config.performance, seed=config.seed))
 
 
 async def _verify(reply: Reply | CallFailure, row: WorkRow, desk: Desk) -> Verdict:
@@ -165,12 +204,10 @@ async def _inconsistency(trace: Completion, reply: Reply, row: WorkRow, desk: De
         )
     if not desk.config.reasoning.judge_consistency:
         return None
-    judged = await desk.ask_teacher(reasoning.consistency_request(row.sample, trace))
-    if isinstance(judged, CallFailure):
-        return TraceProblem(judged.reason, judged.detail)
-    agrees = reasoning.is_consistent(judged)
-    if agrees is None:
-        return TraceProblem("consistency_unreadable", f"the teacher replied {judged.text[:80]!r}")
+    request = reasoning.consistency_request(row.sample, trace)
+    agrees = await _ask_readably(desk.ask_teacher, request, reasoning.is_consistent)
+    if isinstance(agrees, CallFailure):
+        return TraceProblem(agrees.reason, agrees.detail)
     return None if agrees else TraceProblem("trace_inconsistent", f"judged against the answer {trace.answer[:80]!r}")
 
 

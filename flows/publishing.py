@@ -11,20 +11,22 @@ from typing import Any
 
 from corpus.card import CardInputs, build_card, mode_sizes
 from corpus.excerpts import pick_fates, pick_rows
-from corpus.report import BenchmarkLeaks, PurposeUsage, ReportInputs, build_report, summary_table
+from corpus.report import BenchmarkLeaks, ReportInputs, build_report, summary_table
 from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version, next_version_name
 from corpus.writer import STAGE, ShardInfo, write_fates, write_shards
+from flows.accounting import paid_line
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
 from flows.work_rows import work_rows
-from flows.workspace import Marker, UsageCount, digest_of, merged_usage
-from schemas.config import RunConfig
+from flows.workspace import Marker, digest_of
+from schemas.config import PricesConfig, RunConfig
 from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.rows import LabelledSample
 from schemas.samples import Kind
+from schemas.usage import Ledger, Usage, cost_of, merged_ledgers, total_usage
 from schemas.verdicts import Mode
 
 LAST_STAGE = STAGES[-1]
@@ -36,15 +38,24 @@ RUN_FILE = "last_run.json"
 
 
 @dataclass(frozen=True, slots=True)
+class Ledgers:
+    """costs: of all stored replies that the rows asked for, whoever paid. paid: by this run."""
+
+    costs: Ledger
+    paid: Ledger
+
+
+@dataclass(frozen=True, slots=True)
 class Published:
-    """A finished curation. num_new_calls: teacher calls that this run really made."""
+    """A finished curation. paid: by this run. paid_line: the same in words, with its cost."""
 
     folder: Path
     version: str
     num_rows: int
     num_think: int
     is_new: bool
-    num_new_calls: int
+    paid: Usage
+    paid_line: str
     summary: str
 
     @property
@@ -59,7 +70,8 @@ class Published:
             "rows": self.num_rows,
             "think": self.num_think,
             "is_new": self.is_new,
-            "new_teacher_calls": self.num_new_calls,
+            "new_teacher_calls": self.paid.num_calls,
+            "paid": {**self.paid.to_record(), "text": self.paid_line},
         }
 
 
@@ -95,29 +107,34 @@ def publish(
     num_kept = sum(shard.num_rows for shard in shards)
     counts[STAGE] = count_stage(num_kept + len(unwritable), num_kept, unwritable)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    usage = merged_usage(marker.usage for done in markers.values() for marker in done)
+    ledgers = Ledgers(
+        costs=merged_ledgers(marker.usage for done in markers.values() for marker in done),
+        paid=runtime.accounts.paid(),
+    )
     leaks = benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else []
     digests = {"recipe": recipe, "inputs": inputs}
-    figures = _write_pages(runtime, building, shards, counts, usage, leaks, created=created, **digests)
+    figures = _write_pages(runtime, building, shards, counts, ledgers, leaks, created=created, **digests)
     committed = commit_version(
         building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
     )
-    published = _published(committed, figures, runtime.num_new_calls)
+    published = _published(committed, figures, ledgers.paid, config.prices)
     write_text(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2))
     return published
 
 
-def _published(committed: Committed, figures: Mapping[str, Any], num_new_calls: int) -> Published:
+def _published(committed: Committed, figures: Mapping[str, Any], paid: Ledger, prices: PricesConfig) -> Published:
     if not committed.is_new:
         figures = json.loads((committed.folder / REPORT_FIGURES).read_text(encoding="utf-8"))
     manifest = committed.manifest
+    usage = total_usage(paid.values())
     return Published(
         committed.folder,
         manifest.version,
         manifest.num_rows,
         manifest.num_think,
         committed.is_new,
-        num_new_calls,
+        usage,
+        paid_line(usage, cost_of(paid, prices) if prices.has_any else None),
         summary_table(figures),
     )
 
@@ -161,7 +178,7 @@ def _write_pages(
     building: Path,
     shards: Sequence[ShardInfo],
     counts: Mapping[str, StageCount],
-    usage: Mapping[str, UsageCount],
+    ledgers: Ledgers,
     leaks: Sequence[BenchmarkLeaks],
     *,
     created: str,
@@ -184,15 +201,8 @@ def _write_pages(
             reasoner=reasoner,
             stages=counts,
             tally=tally,
-            usage=[
-                PurposeUsage(
-                    purpose,
-                    count.num_calls,
-                    prompt_tokens=count.prompt_tokens,
-                    completion_tokens=count.completion_tokens,
-                )
-                for purpose, count in usage.items()
-            ],
+            costs=ledgers.costs,
+            paid=ledgers.paid,
             prices=config.prices,
             benchmarks=leaks,
             rows=pick_rows(building),

@@ -1,6 +1,7 @@
-"""What the tasks of one process share: the image store, the verifier processes, and the gate before the endpoints.
+"""What the tasks of one process share: the image store, the verifier processes, the endpoints and their event loop.
 
-A `Runtime` is made from the configuration alone, so a task on another process or machine makes its own.
+A `Runtime` is made from the configuration alone, so a task on another process or machine makes its own. All calls of a
+process are made in one event loop, whichever shard they are for: so many sequences fit an endpoint, not a shard.
 """
 
 from __future__ import annotations
@@ -8,37 +9,43 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
+from flows.accounting import Accounts, AskedUsage, Load, stage_total
 from flows.labelling import Desk
-from flows.workspace import UsageCount, Workspace
+from flows.workspace import Workspace
 from judges.answers import VerifierPool
+from judges.sampling_plan import SamplingPlans
 from schemas.config import EndpointConfig, RunConfig
 from schemas.requests import CallFailure, Reply, TeacherRequest
+from schemas.usage import Usage
 from sources import ImageStore
 from teacher import serving
 from teacher.client import Teacher, reply_key
+from teacher.group import EndpointGroup
 from teacher.journal import Journal
 
 _log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
 
 class Runtime:
-    """Shared by the tasks of one process; threads may use it at once.
-
-    num_new_calls: calls that were really made so far; replies from the journal do not count.
-    """
+    """Shared by the tasks of one process; threads may use it at once. accounts: what was paid so far."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         self.workspace = Workspace(config.workdir)
+        self.accounts = Accounts()
         self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread: threading.Thread | None = None
         self._server: serving.ServerHandle | None = None
-        self._opened: set[str] = set()
-        self.num_new_calls = 0
+        self._groups: dict[str, EndpointGroup] = {}
+        self._opened: dict[str, asyncio.Task[None]] = {}
 
     def __reduce__(self) -> tuple[type[Runtime], tuple[RunConfig]]:
         return (Runtime, (self.config,))
@@ -51,12 +58,38 @@ class Runtime:
     def verifiers(self) -> VerifierPool:
         return VerifierPool(self.config.verification)
 
-    def count_calls(self, num_calls: int) -> None:
-        with self._lock:
-            self.num_new_calls += num_calls
+    @cached_property
+    def plans(self) -> SamplingPlans:
+        return SamplingPlans(self.config.performance)
+
+    def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
+        """Runs a coroutine in the process's one event loop and returns its result; called in any other thread."""
+        future = asyncio.run_coroutine_threadsafe(work, self._running_loop())
+        try:
+            return future.result()
+        except BaseException:
+            # An interrupted thread leaves nothing at work behind it.
+            future.cancel()
+            raise
+
+    def load(self, stage: str) -> Load:
+        """Returns what is going on at the endpoints, and what the stage has paid; called outside the event loop."""
+        return Load() if self._loop is None else self.run(self._load(stage))
+
+    async def _load(self, stage: str) -> Load:
+        paid = stage_total(self.accounts.paid(), stage)
+        addresses = [group.addresses for group in self._groups.values()]
+        num_in_flight = sum(address.num_in_flight for known in addresses for address in known.all)
+        return Load(paid, num_in_flight, sum(known.num_waiting for known in addresses))
 
     def close(self) -> None:
-        """Stops the verifier processes and the vLLM server, if this runtime started one."""
+        """Ends the calls and the verifier processes, and the vLLM server if this runtime started one."""
+        if self._loop is not None and self._loop_thread is not None:
+            for group in self._groups.values():
+                asyncio.run_coroutine_threadsafe(group.close(), self._loop).result()
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop_thread.join()
+            self._loop = self._loop_thread = None
         if "verifiers" in self.__dict__:
             self.verifiers.close()
         if self._server is not None:
@@ -64,84 +97,207 @@ class Runtime:
             self._server.stop()
             self._server = None
 
-    def open_endpoint(self, endpoint: EndpointConfig) -> None:
-        """Starts vLLM for the teacher where the configuration says so and nothing answers at its address.
+    def group(self, endpoint: EndpointConfig) -> EndpointGroup:
+        """Returns the calls to an endpoint, shared by all shards; called in the event loop."""
+        # Teacher and reasoner may be one server, asked in two ways.
+        key = endpoint.model_dump_json()
+        group = self._groups.get(key)
+        if group is None:
+            sent = endpoint.model_copy(update={"images_as": self._images_as(endpoint)})
+            group = EndpointGroup(
+                sent, self.images.resized_bytes, self.images.resized_path, revive=partial(self._revive, endpoint)
+            )
+            self._groups[key] = group
+        return group
 
-        Called before the first real call of a stage, never when every reply is in the journal. Raises ServingError.
+    async def open(self, endpoint: EndpointConfig) -> None:
+        """Starts vLLM for the teacher where that is configured and nothing answers, and asks what is served, once.
+
+        Called before the first real call, never when every reply is in the journal. Raises TeacherError, ServingError.
         """
+        key = endpoint.model_dump_json()
+        if key not in self._opened:
+            self._opened[key] = asyncio.create_task(self._open(endpoint))
+        await asyncio.shield(self._opened[key])
+
+    async def _open(self, endpoint: EndpointConfig) -> None:
+        if self._is_served_here(endpoint):
+            await asyncio.to_thread(self._start_server, endpoint)
+        await self.group(endpoint).check()
+
+    def _start_server(self, endpoint: EndpointConfig) -> None:
+        serve = self.config.serve
+        assert serve is not None, "only called where vLLM is to be started"
+        if not serving.is_answering(endpoint):
+            logs = self.workspace.root / "logs"
+            _log.info("starting vLLM for %s; its log is %s", endpoint.model, logs / "vllm.log")
+            self._server = serving.start_server(
+                endpoint,
+                serve,
+                log_path=logs / "vllm.log",
+                pid_path=logs / "vllm.pid",
+                media_folder=self.images.root,
+                detached=False,
+            )
+
+    async def _revive(self, endpoint: EndpointConfig, url: str) -> None:
+        """Starts our own server again when it has died. Raises ServingError: it dies too often, or does not start."""
+        if self._server is not None and self._is_served_here(endpoint) and url == self.config.teacher.url.rstrip("/"):
+            self._server = await asyncio.to_thread(serving.revive, self._server)
+
+    def num_gpus(self, endpoint: EndpointConfig) -> int | None:
+        """Returns how many GPUs compute for an endpoint; None where that is unknown, or no GPU does."""
+        if self._server is None or not self._is_served_here(endpoint):
+            return None
+        return self._server.num_gpus or None
+
+    def _is_served_here(self, endpoint: EndpointConfig) -> bool:
+        return self.config.serve is not None and endpoint.url == self.config.teacher.url
+
+    def _images_as(self, endpoint: EndpointConfig) -> str:
+        if endpoint.images_as != "auto":
+            return endpoint.images_as
+        # A server of ours may read the image store; one that was started otherwise says that it may not, in time.
+        return "file_url" if self._is_served_here(endpoint) else "data_url"
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
         with self._lock:
-            if endpoint.url in self._opened:
-                return
-            serve = self.config.serve
-            is_served = serve is not None and endpoint.url == self.config.teacher.url
-            if serve is not None and is_served and not serving.is_answering(endpoint):
-                logs = self.workspace.root / "logs"
-                _log.info("starting vLLM for %s; its log is %s", endpoint.model, logs / "vllm.log")
-                self._server = serving.start_server(
-                    endpoint, serve, log_path=logs / "vllm.log", pid_path=logs / "vllm.pid", detached=False
-                )
-            self._opened.add(endpoint.url)
+            if self._loop is None:
+                self._loop = loop = asyncio.new_event_loop()
+                self._loop_thread = threading.Thread(target=lambda: _run_for_ever(loop), name="teacher", daemon=True)
+                self._loop_thread.start()
+            return self._loop
+
+
+def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    """Runs an event loop until it is stopped, and closes it."""
+    try:
+        loop.run_forever()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
+    finally:
+        loop.close()
+
+
+@dataclass(slots=True)
+class _Question:
+    """A question that was asked. request: one of its samples. indices: of those whose replies are counted."""
+
+    request: TeacherRequest
+    indices: set[int] = field(default_factory=set)
 
 
 class Asker:
-    """One endpoint within one shard: answers from the journal, opens the endpoint at the first miss, counts usage.
-
-    usage: what the replies cost, by purpose, whoever paid for them: a function of the replies alone.
-    """
+    """One endpoint within one shard: answers from the journal, opens the endpoint at the first miss, counts usage."""
 
     def __init__(self, teacher: Teacher, runtime: Runtime) -> None:
         self._teacher = teacher
         self._runtime = runtime
-        self._opening = asyncio.Lock()
         self._is_open = False
-        self.usage: dict[str, UsageCount] = {}
+        self._began_empty = len(teacher.journal) == 0
+        self._questions: dict[TeacherRequest, _Question] = {}
+        self._costs: dict[tuple[str, str], Usage] = {}
+        self._shares: dict[str, Usage] = {}
 
     async def ask(self, request: TeacherRequest) -> Reply | CallFailure:
-        """Returns the reply to a request. Raises TeacherError, ServingError or StorageError: the stage cannot go on."""
-        if not self._is_open and self._teacher.journal.lookup(reply_key(request, self._teacher.endpoint)) is None:
-            async with self._opening:
-                if not self._is_open:
-                    await asyncio.to_thread(self._runtime.open_endpoint, self._teacher.endpoint)
-                    await self._teacher.check()
-                    self._is_open = True
-        reply = await self._teacher.ask(request)
-        if isinstance(reply, Reply):
-            cost = UsageCount(1, reply.prompt_tokens, reply.completion_tokens)
-            self.usage[request.purpose] = self.usage.get(request.purpose, UsageCount()) + cost
-        return reply
+        """Returns the reply to a request. Raises as `ask_samples` does."""
+        return (await self.ask_samples([request]))[0]
+
+    async def ask_samples(self, requests: Sequence[TeacherRequest]) -> list[Reply | CallFailure]:
+        """Returns the replies to samples of one question. See `Teacher.ask_samples`.
+
+        Raises TeacherError, ServingError or StorageError: the stage cannot go on.
+        """
+        if not self._is_open and not all(self.is_stored(request) for request in requests):
+            await self._runtime.open(self._teacher.endpoint)
+            self._is_open = True
+        with self._timed(requests[0].purpose, len(requests)):
+            replies = await self._teacher.ask_samples(requests)
+        for request, reply in zip(requests, replies, strict=True):
+            if isinstance(reply, Reply):
+                self._count(request, reply)
+        return replies
+
+    def is_stored(self, request: TeacherRequest) -> bool:
+        """Returns whether the reply is in the journal, so that asking costs nothing."""
+        return reply_key(request, self._teacher.endpoint) in self._teacher.journal
+
+    def count_stored(self) -> None:
+        """Counts the samples of the questions asked that nobody needed this time, but that were paid for before.
+
+        A wave may bring more samples than settle the label; when the shard is done again, its replies are taken one
+        by one.
+        """
+        if self._began_empty:
+            return
+        for question in self._questions.values():
+            request = question.request.sample(max(question.indices) + 1)
+            while reply := self._teacher.journal.lookup(reply_key(request, self._teacher.endpoint)):
+                self._count(request, reply)
+                request = request.sample(request.index + 1)
 
     @property
-    def num_new_calls(self) -> int:
-        return sum(usage.num_calls for usage in self._teacher.usage.values())
+    def usage(self) -> AskedUsage:
+        """A snapshot of what was asked so far."""
+        paid = self._teacher.usage
+        for purpose, share in self._shares.items():
+            paid[purpose] = paid.get(purpose, Usage()) + share
+        if self._runtime.num_gpus(self._teacher.endpoint) is not None:
+            paid = {purpose: replace(usage, num_gpu_calls=usage.num_calls) for purpose, usage in paid.items()}
+        return AskedUsage(self._teacher.endpoint.model, dict(self._costs), paid)
+
+    @contextmanager
+    def _timed(self, purpose: str, num_sequences: int) -> Iterator[None]:
+        """Counts the time within as the purpose's, waiting for room included; starting a server is not within."""
+        accounts, endpoint = self._runtime.accounts, self._teacher.endpoint
+        try:
+            with (
+                accounts.clock("").shared(num_sequences) as wall,
+                accounts.clock(endpoint.url).shared(num_sequences) as served,
+            ):
+                yield
+        finally:
+            gpu_seconds = served.seconds * (self._runtime.num_gpus(endpoint) or 0)
+            share = Usage(wall_seconds=wall.seconds, gpu_seconds=gpu_seconds)
+            self._shares[purpose] = self._shares.get(purpose, Usage()) + share
+
+    def _count(self, request: TeacherRequest, reply: Reply) -> None:
+        """Counts a stored reply once, however often it is asked for; who asks is no part of the question."""
+        first = replace(request.sample(0), sample_id="", purpose="")
+        question = self._questions.setdefault(first, _Question(request))
+        if request.index in question.indices:
+            return
+        question.indices.add(request.index)
+        row = (request.sample_id, request.purpose)
+        self._costs[row] = self._costs.get(row, Usage()) + Usage.of_stored(reply)
 
 
 @asynccontextmanager
 async def open_desk(runtime: Runtime, journal: Journal) -> AsyncIterator[tuple[Desk, list[Asker]]]:
-    """Yields the desk for the rows of one shard, with the askers behind it.
-
-    The calls in flight of an endpoint are shared out evenly between the shards in work at once.
-    """
+    """Yields the desk for the rows of one shard, with the askers behind it; used in the runtime's event loop."""
     config = runtime.config
     async with _asker(runtime, config.teacher, journal) as teacher:
         if config.reasoner is None:
-            yield Desk(config, teacher.ask, teacher.ask, runtime.verifiers), [teacher]
+            yield _desk(runtime, teacher, teacher), [teacher]
             return
         async with _asker(runtime, config.reasoner, journal) as reasoner:
-            yield Desk(config, teacher.ask, reasoner.ask, runtime.verifiers), [teacher, reasoner]
+            yield _desk(runtime, teacher, reasoner), [teacher, reasoner]
+
+
+def _desk(runtime: Runtime, teacher: Asker, reasoner: Asker) -> Desk:
+    return Desk(
+        runtime.config,
+        teacher.ask,
+        teacher.ask_samples,
+        teacher.is_stored,
+        reasoner.ask,
+        runtime.verifiers,
+        runtime.plans,
+    )
 
 
 @asynccontextmanager
 async def _asker(runtime: Runtime, endpoint: EndpointConfig, journal: Journal) -> AsyncIterator[Asker]:
-    share = max(1, endpoint.concurrency // runtime.config.parallel_shards)
-    shared_out = endpoint.model_copy(update={"concurrency": share})
     images = runtime.images
-    async with Teacher(shared_out, journal, images.resized_bytes, images.path) as teacher:
+    async with Teacher(endpoint, journal, images.resized_bytes, group=runtime.group(endpoint)) as teacher:
         yield Asker(teacher, runtime)
-
-
-@contextmanager
-def open_journal(path: Path) -> Iterator[Journal]:
-    """Yields the journal of one shard, its folder made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Journal(path) as journal:
-        yield journal

@@ -33,6 +33,7 @@ import httpx
 from corpus.storage import write_text
 from flows import processes, supervisor
 from flows.processes import Report, StackError
+from flows.workspace import Workspace
 from schemas.config import EndpointConfig, RunConfig, ServeConfig, load_config
 from schemas.errors import ConfigError, ServingError
 from teacher import serving
@@ -393,7 +394,14 @@ def _ensure_teacher(folder: _Folder, config: RunConfig, report: Report) -> None:
     serving.stop_server(pid_file)
     report(f"starting the teacher {endpoint.model} at {endpoint.url}")
     with _logged_to(report, "teacher.serving"):
-        serving.start_server(endpoint, serve, log_path=folder.log("teacher"), pid_path=pid_file, detached=True)
+        serving.start_server(
+            endpoint,
+            serve,
+            log_path=folder.log("teacher"),
+            pid_path=pid_file,
+            detached=True,
+            media_folder=Workspace(folder.home / config.workdir).images,
+        )
     write_text(memory, wanted)
 
 

@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from typing import TypeVar
 
 import pyarrow as pa
 
+from flows.accounting import AskedUsage, merged_costs
 from flows.decontaminating import DECONTAMINATION, Benchmarks, decontaminate
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
 from flows.removing import RemovalPlan, split_rows
-from flows.runtime import Runtime, open_desk, open_journal
+from flows.runtime import Runtime, open_desk
 from flows.work_rows import WorkRow, unlabelled_table, work_rows, work_table
-from flows.workspace import Marker, UsageCount, digest_of, merged_usage
+from flows.workspace import Marker, digest_of
 from schemas.config import EndpointConfig, RunConfig
 from schemas.fates import Fate, fates_to_table
 from schemas.samples import samples_to_table
+from schemas.usage import Usage, UsageKey, merged_ledgers
 from sources import Unit, read_unit
+from teacher.journal import Journal
 
-RECIPE_VERSION = 2
+_Result = TypeVar("_Result")
+
+RECIPE_VERSION = 3
 """Raised when the meaning of a stage's code changes, so that stored shards are made again (replies stay valid)."""
 
 SOURCES, DUPLICATES, TRACES = "sources", "duplicates", "traces"
@@ -57,16 +64,25 @@ def stages_of(config: RunConfig) -> list[str]:
 
 
 class Progress:
-    """Rows done of a stage, counted by all its tasks; num_total may be 0."""
+    """Rows done of a stage, counted by all its tasks; num_total may be 0.
+
+    num_skipped: of those done, the rows of shards that were found done; they say nothing about the pace.
+    """
 
     def __init__(self, num_total: int) -> None:
         self.num_total = num_total
         self.num_done = 0
+        self.num_skipped = 0
         self._lock = threading.Lock()
 
     def advance(self, num_rows: int = 1) -> None:
         with self._lock:
             self.num_done += num_rows
+
+    def skip(self, num_rows: int) -> None:
+        with self._lock:
+            self.num_done += num_rows
+            self.num_skipped += num_rows
 
     @property
     def percent(self) -> float:
@@ -96,8 +112,13 @@ def _recipe_of(stage: str, config: RunConfig) -> list[object]:
         DUPLICATES: [config.duplicates.model_dump()],
         "routing": [config.routing.model_dump(), teacher],
         "difficulty": [config.difficulty.model_dump(), teacher],
-        # The plan of the waves and their sizes change the cost, never the label; they count because evidence does.
-        "performance": [config.performance.model_dump(), verification, teacher, config.seed],
+        # How samples are grouped into calls changes what they cost, never label or evidence.
+        "performance": [
+            config.performance.model_dump(exclude={"waves", "prompt_token_cost", "cached_token_cost"}),
+            verification,
+            teacher,
+            config.seed,
+        ],
         "reasoning": [
             config.reasoning.model_dump(exclude={"duplicate_threshold"}),
             verification,
@@ -122,16 +143,18 @@ def read_source_shard(runtime: Runtime, unit: Unit, progress: Progress) -> Marke
     shaped_by = [unit.digest, unit.num_rows, source.model_dump(exclude={"max_rows"})]
     digest = stage_digest(SOURCES, config, shaped_by)
     marker = runtime.workspace.find_marker(SOURCES, shard, digest)
-    if marker is None:
-        samples, fates = read_unit(unit, config, runtime.images)
-        marker = runtime.workspace.finish_shard(
-            SOURCES,
-            shard,
-            digest=digest,
-            num_in=unit.num_rows,
-            rows=samples_to_table(samples),
-            fates=fates_to_table(fates),
-        )
+    if marker is not None:
+        progress.skip(unit.num_rows)
+        return marker
+    samples, fates = read_unit(unit, config, runtime.images)
+    marker = runtime.workspace.finish_shard(
+        SOURCES,
+        shard,
+        digest=digest,
+        num_in=unit.num_rows,
+        rows=samples_to_table(samples),
+        fates=fates_to_table(fates),
+    )
     progress.advance(unit.num_rows)
     return marker
 
@@ -176,10 +199,14 @@ def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress
     digest = stage_digest(stage, runtime.config, before.output)
     marker = workspace.find_marker(stage, before.shard, digest)
     if marker is not None:
-        progress.advance(marker.count.num_in)
+        progress.skip(marker.count.num_in)
         return marker
     rows = work_rows(workspace.read_rows(before.stage, before.shard))
-    results, usage = asyncio.run(_label_rows(runtime, stage, before.shard, rows, advance=progress.advance))
+    # Opened and closed here, as both wait for the disk, which would hold up the loop.
+    with Journal(workspace.journal_path(stage, before.shard)) as journal:
+        results, asked = runtime.run(label_rows(runtime, stage, journal, rows, advance=progress.advance))
+        # What was asked stands in one Parquet file from now on. A marker written first would hide a kill in between.
+        journal.compact()
     return workspace.finish_shard(
         stage,
         before.shard,
@@ -187,31 +214,51 @@ def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress
         num_in=len(rows),
         rows=work_table(result for result in results if isinstance(result, WorkRow)),
         fates=fates_to_table(result for result in results if isinstance(result, Fate)),
-        usage=usage,
+        usage=merged_costs(asked, stage, _source_of(rows)),
     )
 
 
-async def _label_rows(
-    runtime: Runtime, stage: str, shard: str, rows: Sequence[WorkRow], *, advance: Callable[[int], None]
-) -> tuple[list[WorkRow | Fate], dict[str, UsageCount]]:
-    """Returns the result of each row in order, and the usage by purpose."""
-    label = LABELLING[stage]
+async def label_rows(
+    runtime: Runtime, stage: str, journal: Journal, rows: Sequence[WorkRow], *, advance: Callable[[int], None]
+) -> tuple[list[WorkRow | Fate], list[AskedUsage]]:
+    """Returns the result of each row in order, and what was asked; used in the runtime's event loop.
+
+    rows: all or some of one shard. Raises as `label_shard` does.
+    """
+    label, source = LABELLING[stage], _source_of(rows)
 
     async def label_one(row: WorkRow, desk: Desk) -> WorkRow | Fate:
         result = await label(row, desk)
         advance(1)
         return result
 
-    with open_journal(runtime.workspace.journal_path(stage, shard)) as journal:
-        async with open_desk(runtime, journal) as (desk, askers):
-            tasks = [asyncio.create_task(label_one(row, desk)) for row in rows]
-            try:
-                results = await asyncio.gather(*tasks)
-            except BaseException:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
-            finally:
-                runtime.count_calls(sum(asker.num_new_calls for asker in askers))
-            return results, merged_usage(asker.usage for asker in askers)
+    async with open_desk(runtime, journal) as (desk, askers):
+
+        def paid() -> dict[UsageKey, Usage]:
+            return merged_ledgers(asker.usage.paid_ledger(stage, source) for asker in askers)
+
+        # Questions about one image go together: it is then still in the server's caches.
+        order = sorted(range(len(rows)), key=lambda at: ([i.sha256 for i in rows[at].sample.images], at))
+        with runtime.accounts.counted(paid):
+            labelled = await all_or_none(asyncio.create_task(label_one(rows[at], desk)) for at in order)
+            for asker in askers:
+                asker.count_stored()
+        results = [result for _, result in sorted(zip(order, labelled, strict=True), key=itemgetter(0))]
+        return results, [asker.usage for asker in askers]
+
+
+async def all_or_none(work: Iterable[asyncio.Task[_Result]]) -> list[_Result]:
+    """Returns the results of all tasks in order; after an error or a cancellation none of them runs on."""
+    tasks = list(work)
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _source_of(rows: Sequence[WorkRow]) -> str:
+    """Returns the source of a shard's rows; "" if it has none."""
+    return rows[0].sample.source if rows else ""

@@ -2,7 +2,7 @@
 
     {workdir}/images/               content-addressed image store
     {workdir}/stages/{stage}/       per shard: rows (.parquet), fates (.fates.parquet), marker (.json)
-    {workdir}/journals/{stage}/     per shard: every teacher reply
+    {workdir}/journals/{stage}/     per shard: every teacher reply (a folder, see `teacher.journal`)
     {workdir}/corpus/               the versions
 
 A shard of a stage is done when its marker exists, names the digest of everything that shaped it (recipe and input),
@@ -16,9 +16,9 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from corpus.storage import storage_errors, write_bytes, write_text
 from schemas.errors import StorageError
 from schemas.fates import StageCount, count_table
+from schemas.usage import Ledger, Usage, UsageKey
 
 _LABEL_COLUMNS = frozenset(
     ["source", "topic", "kind", "answer_type", "licence", "mode", "heuristic", "stage", "exit", "reason"]
@@ -41,35 +42,11 @@ def digest_of(*parts: object) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class UsageCount:
-    """What the replies behind a shard cost, whether they were paid now or in an earlier run."""
-
-    num_calls: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-    def __add__(self, other: UsageCount) -> UsageCount:
-        return UsageCount(
-            self.num_calls + other.num_calls,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completion_tokens + other.completion_tokens,
-        )
-
-
-def merged_usage(usages: Iterable[Mapping[str, UsageCount]]) -> dict[str, UsageCount]:
-    """Returns the sum of several usages by purpose, the purposes in order of their first appearance."""
-    merged: dict[str, UsageCount] = {}
-    for usage in usages:
-        for purpose, count in usage.items():
-            merged[purpose] = merged.get(purpose, UsageCount()) + count
-    return merged
-
-
-@dataclass(frozen=True, slots=True)
 class Marker:
     """The record that a shard of a stage is done.
 
-    digest: what shaped it. output: sha256 of its rows and fates. usage: by purpose.
+    digest: what shaped it. output: sha256 of its rows and fates. usage: what the teacher's replies behind it cost,
+    whoever paid; no part of any digest.
     """
 
     stage: str
@@ -77,7 +54,7 @@ class Marker:
     digest: str
     output: str
     count: StageCount
-    usage: Mapping[str, UsageCount]
+    usage: Ledger
 
     def to_record(self) -> dict[str, Any]:
         return {
@@ -86,15 +63,15 @@ class Marker:
             "digest": self.digest,
             "output": self.output,
             "count": self.count.to_record(),
-            "usage": {
-                purpose: [u.num_calls, u.prompt_tokens, u.completion_tokens]
-                for purpose, u in sorted(self.usage.items())
-            },
+            "usage": [{**asdict(key), **usage.to_record()} for key, usage in sorted(self.usage.items())],
         }
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Marker:
-        usage = {purpose: UsageCount(*counts) for purpose, counts in record["usage"].items()}
+        usage = {
+            UsageKey(entry["stage"], entry["purpose"], entry["source"], entry["model"]): Usage.from_record(entry)
+            for entry in record["usage"]
+        }
         count = StageCount.from_record(record["count"])
         return cls(record["stage"], record["shard"], record["digest"], record["output"], count, usage)
 
@@ -119,7 +96,7 @@ class Workspace:
         return self.root / "stages" / stage / f"{shard}.json"
 
     def journal_path(self, stage: str, shard: str) -> Path:
-        return self.root / "journals" / stage / f"{shard}.journal"
+        return self.root / "journals" / stage / shard
 
     def find_marker(self, stage: str, shard: str, digest: str) -> Marker | None:
         """Returns the marker of a shard that is done under this digest, else None."""
@@ -130,10 +107,14 @@ class Workspace:
         return marker if all(path.exists() for path in files) else None
 
     def read_marker(self, stage: str, shard: str) -> Marker | None:
-        """Returns the marker of a shard whatever its digest, or None. A damaged marker counts as none."""
+        """Returns the marker of a shard whatever its digest, or None.
+
+        A damaged marker counts as none, and so does one of an earlier version: its shard is made again from the
+        journal, at no cost.
+        """
         try:
             return Marker.from_record(json.loads(self.marker_path(stage, shard).read_text(encoding="utf-8")))
-        except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
             return None
 
     def read_rows(self, stage: str, shard: str) -> pa.Table:
@@ -162,7 +143,7 @@ class Workspace:
         num_in: int,
         rows: pa.Table,
         fates: pa.Table,
-        usage: Mapping[str, UsageCount] | None = None,
+        usage: Ledger | None = None,
     ) -> Marker:
         """Writes rows, fates and, last, the marker of a shard, and asserts that no row was lost.
 

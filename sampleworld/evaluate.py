@@ -126,11 +126,11 @@ async def evaluate(endpoint: EndpointConfig, *, num_per_family: int) -> dict[str
         store = ImageStore(Path(folder) / "images", ImageLimits())
         questions = draw_questions(store, num_per_family)
         figures: dict[str, dict[str, Rate]] = {}
-        with Journal(Path(folder) / "replies.journal") as journal:
+        with Journal(Path(folder) / "replies") as journal:
             for name, mode in (("direct", ThinkingMode.SHORT), ("thinking", ThinkingMode.LONG)):
                 body = {"chat_template_kwargs": {"thinking_mode": str(mode)}}
                 asked = endpoint.model_copy(update={"extra_body": body})
-                async with Teacher(asked, journal, store.resized_bytes, store.path) as teacher:
+                async with Teacher(asked, journal, store.resized_bytes, store.resized_path) as teacher:
                     await teacher.check()
                     figures[name] = await measure_answers(questions, teacher.ask, verifiers)
                     if mode is ThinkingMode.SHORT:

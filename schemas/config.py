@@ -69,20 +69,28 @@ class ImageLimits(_Section):
 
 
 class EndpointConfig(_Section):
-    """An OpenAI-compatible endpoint and how to ask it."""
+    """One model behind one or more OpenAI-compatible addresses, and how to ask it."""
 
     model: str = Field("Qwen/Qwen2.5-VL-32B-Instruct", description="Name of the served model.")
     url: str = Field("http://127.0.0.1:8000/v1", description="Address of the API, ending in /v1.")
+    more_urls: list[str] = Field(default_factory=list, description="Further addresses that serve the same model.")
+    urls_file: str | None = Field(
+        None, description="File with further addresses, one a line; looked at again every few seconds during a run."
+    )
     revision: str = Field("", description="Revision of the weights; part of the key of every stored reply.")
     api_key_env: str = Field("BIMODE_API_KEY", description="Environment variable that holds the key, if one is needed.")
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="Sent with every call, e.g. {chat_template_kwargs: {thinking_mode: short}}."
     )
-    concurrency: Positive = Field(64, description="Calls in flight at once.")
+    concurrency: Positive = Field(
+        4096, description="Most sequences in flight at one address; how many there are is found from what it says."
+    )
     timeout_seconds: float = Field(600.0, gt=0, description="Longest wait for one call.")
     max_retries: int = Field(6, ge=0, description="Retries of a call that failed for a passing reason.")
     unreachable_seconds: float = Field(120.0, ge=0, description="Give up when nothing has answered for so long.")
-    images_as: Literal["data_url", "file_url"] = Field("data_url", description="How images travel.")
+    images_as: Literal["auto", "data_url", "file_url"] = Field(
+        "auto", description="How images travel: `auto` is by name to a server that was started here, else as bytes."
+    )
     max_image_pixels: Positive = Field(1_003_520, description="Images are reduced to so many pixels (1280 * 28 * 28).")
 
 
@@ -96,9 +104,31 @@ class ServeConfig(_Section):
         None, description="Python of the environment that has vLLM; BIMODE_GPU_PYTHON by default."
     )
     port: int = Field(8000, ge=1, le=65535, description="Port on the loopback interface.")
-    max_model_len: Positive | None = Field(None, description="Longest sequence in tokens.")
+    max_model_len: Positive | None = Field(
+        None, description="Longest sequence in tokens; by default what the model allows and the GPU's memory holds."
+    )
+    tensor_parallel_size: Positive | None = Field(
+        None, description="GPUs that share one copy of the model; by default the fewest that leave room for a batch."
+    )
+    data_parallel_size: Positive | None = Field(
+        None, description="Copies of the model side by side; by default as many as the GPUs have room for."
+    )
+    gpu_memory_utilization: float = Field(
+        0.92, gt=0, le=1, description="Share of each GPU's memory for weights and key-value cache."
+    )
+    max_num_seqs: Positive | None = Field(
+        None, description="Sequences in one step of one copy; vLLM's own number for throughput by default."
+    )
     extra_args: list[str] = Field(default_factory=list, description="Further arguments of the vLLM server.")
     start_timeout_seconds: float = Field(900.0, gt=0, description="Longest wait until the first token.")
+    max_restarts: int = Field(
+        10, ge=0, description="Times that a server which died during a run is started again within the window below."
+    )
+    restart_window_minutes: float = Field(60.0, gt=0, description="Window in which restarts are counted.")
+    log_megabytes: Positive = Field(64, description="Size at which the server's log is continued in a new file.")
+    num_old_logs: Positive = Field(
+        10, description="Older log files kept beside the log; those of servers that died are kept besides."
+    )
 
 
 class DuplicatesConfig(_Section):
@@ -165,7 +195,22 @@ class PerformanceConfig(_Section):
     """The performance heuristic for objective rows: reasoning means that all samples are scored and wrong."""
 
     num_samples: Positive = Field(8, description="Samples per question; the paper's N.")
-    waves: list[Positive] = Field(default_factory=lambda: [1, 1, 2, 4], description="Sizes of the waves.")
+    waves: Literal["auto"] | list[Positive] = Field(
+        "auto",
+        description="Samples asked for at once, one wave after the other until an answer is right: `auto` learns the "
+        "cheapest sizes per source while running, a list such as [1, 1, 2, 4] fixes them. No label depends on it.",
+    )
+    prompt_token_cost: float = Field(
+        0.25,
+        ge=0,
+        description="Cost of a prompt token in completion tokens, for `auto` waves. A quarter is a usual ratio of API "
+        "prices; on one's own GPU a prompt is computed at once, so that its tokens cost less than generated ones too.",
+    )
+    cached_token_cost: float = Field(
+        0.1,
+        ge=0,
+        description="Cost of a prompt token that the endpoint finds in its prefix cache, in completion tokens.",
+    )
     exhaustive: bool = Field(False, description="Always draw all samples instead of stopping at the first right one.")
     audit_share: Share = Field(0.02, description="Share of rows, chosen by id, that always draw all samples.")
     temperature: float = Field(1.0, ge=0, description="Sampling temperature.")
@@ -174,7 +219,7 @@ class PerformanceConfig(_Section):
 
     @model_validator(mode="after")
     def _waves_end_at_num_samples(self) -> PerformanceConfig:
-        if sum(self.waves) < self.num_samples:
+        if self.waves != "auto" and sum(self.waves) < self.num_samples:
             raise ValueError(f"waves {self.waves} add up to less than num_samples = {self.num_samples}")
         return self
 
@@ -232,11 +277,35 @@ class CorpusConfig(_Section):
     licence: str = Field("other", description="Licence named in the dataset card.")
 
 
-class PricesConfig(_Section):
-    """Prices for the cost table, in any currency, per million tokens."""
+class ModelPrices(_Section):
+    """Prices of one model, in any currency; tokens per million."""
 
     prompt: float = Field(0.0, ge=0, description="Price of prompt tokens.")
+    cached_prompt: float | None = Field(
+        None, ge=0, description="Price of prompt tokens that the endpoint had cached; that of the others by default."
+    )
     completion: float = Field(0.0, ge=0, description="Price of completion tokens.")
+    gpu_hour: float = Field(
+        0.0, ge=0, description="Price of an hour of one GPU; counted where vLLM is started by the run itself."
+    )
+
+
+class PricesConfig(ModelPrices):
+    """Prices for the cost table, in any currency; tokens per million."""
+
+    models: dict[str, ModelPrices] = Field(
+        default_factory=dict, description="Prices of single models by name; those above hold for all others."
+    )
+
+    def of(self, model: str) -> ModelPrices:
+        """Returns the prices of a model."""
+        return self.models.get(model, self)
+
+    @property
+    def has_any(self) -> bool:
+        """Whether anything has a price at all."""
+        listed: list[ModelPrices] = [self, *self.models.values()]
+        return any(p.prompt or p.cached_prompt or p.completion or p.gpu_hour for p in listed)
 
 
 class RunConfig(_Section):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
+
+SEED_RANGE = 2**31
+"""Seeds are in [0, 2**31): what every engine takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,8 @@ class TeacherRequest:
     """One call to be made, independent of the endpoint that will answer it.
 
     sample_id: the sample it is about. purpose: the judge that asks ("difficulty", "performance", ...).
-    index: which of several samples of the same question this is. seed: passed to the engine.
+    index: which of several samples of the same question this is. seed: passed to the engine; that of sample i is the
+    question's own plus i, as vLLM seeds the choices of a call, so that samples may be asked for singly or together.
     choices: if not empty, the reply is constrained to exactly one of these strings (vLLM structured outputs), and
     logprobs of the first token are asked for.
     """
@@ -51,6 +55,10 @@ class TeacherRequest:
     index: int = 0
     choices: tuple[str, ...] = ()
 
+    def sample(self, index: int) -> TeacherRequest:
+        """Returns the request for another sample of the same question."""
+        return replace(self, index=index, seed=(self.seed + index - self.index) % SEED_RANGE)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -58,7 +66,10 @@ class Reply:
 
     text: the content of the message. reasoning: what the server's reasoning parser split off, if it has one.
     finish_reason: "stop" or "length" (or what the server says). top_logprobs: for a constrained request, the natural
-    logarithms of the first token's alternatives, as (token, logprob) pairs. Token counts are the server's own.
+    logarithms of the first token's alternatives, as (token, logprob) pairs. Token counts are the server's own; a call
+    with several choices gets one count for all, which is shared out by the length of their texts. choice: place among
+    the choices of its call. The prompt of a call is computed once: a sum over replies counts prompt_tokens,
+    cached_tokens and seconds where choice is 0. num_attempts: of the call, the failed ones included.
     """
 
     text: str
@@ -70,6 +81,8 @@ class Reply:
     completion_tokens: int = 0
     cached_tokens: int = 0
     seconds: float = 0.0
+    choice: int = 0
+    num_attempts: int = 1
 
     @property
     def is_truncated(self) -> bool:
@@ -101,21 +114,26 @@ def request_key(request: TeacherRequest, identity: ModelIdentity) -> str:
 
     sample_id and purpose are left out on purpose: two judges that ask the very same thing share the reply.
     """
+    # Not by dataclasses.asdict, which copies deeply and takes longer than all the rest.
     shaped_by = {
         "model": identity.model,
         "revision": identity.revision,
         "extra_body": identity.extra_body,
-        "messages": [asdict(message) for message in request.messages],
-        "sampling": asdict(request.sampling),
+        "messages": [{name: getattr(message, name) for name in _MESSAGE_FIELDS} for message in request.messages],
+        "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING_FIELDS},
         "seed": request.seed,
         "index": request.index,
-        "choices": list(request.choices),
+        "choices": request.choices,
     }
-    canonical = json.dumps(shaped_by, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(_canonical_json(shaped_by).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+_MESSAGE_FIELDS = tuple(field.name for field in fields(Message))
+_SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+_canonical_json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode
 
 
 def derived_seed(*parts: str | int) -> int:
-    """Returns a seed in [0, 2**31) that depends on the parts alone, so that no order or worker count changes it."""
+    """Returns a seed below `SEED_RANGE` that depends on the parts alone: no order or worker count changes it."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in parts).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:4], "big") & 0x7FFFFFFF
+    return int.from_bytes(digest[:4], "big") % SEED_RANGE

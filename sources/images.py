@@ -129,6 +129,24 @@ class ImageStore:
             self._remember(key, reduced)
         return reduced
 
+    def resized_path(self, sha256: str, max_pixels: int) -> Path:
+        """Returns a file with at most `max_pixels` pixels of the image: the stored one, or one reduced once and kept.
+
+        Raises StorageError: as `resized_bytes`, or if the file cannot be written.
+        """
+        path = self.path(sha256)
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                is_small = image.width * image.height <= max_pixels
+        except (OSError, Image.DecompressionBombError, Image.DecompressionBombWarning):
+            is_small = False
+        if is_small:
+            return path
+        reduced = self.root / f"reduced-{max_pixels}" / sha256[:3] / path.name
+        if not reduced.exists():
+            self._write(reduced, self.resized_bytes(sha256, max_pixels)[0])
+        return reduced
+
     def _remember(self, key: tuple[str, int], reduced: tuple[bytes, str]) -> None:
         with self._lock:
             if key in self._reduced:

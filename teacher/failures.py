@@ -1,6 +1,8 @@
-"""What each way of failing means: the table that decides whether to ask again, give up the row, or stop the run.
+"""What each way of failing means: the table that decides where to ask again, when to give up the row or stop the run.
 
-Pure. `teacher.client` acts on it; the tests walk it row by row.
+Pure. `teacher.group` acts on it; the tests walk it row by row. What is a reply and no failure stands elsewhere: one cut
+by its length is stored, unscored, and asked once more with more room by the judge that cannot read it; so is one that
+ignores the choices it was given.
 """
 
 from __future__ import annotations
@@ -20,9 +22,15 @@ import openai
 
 
 class Action(StrEnum):
-    """RETRY: it may pass. REJECT: this row cannot be answered. STOP: no row can, until somebody changes the set-up."""
+    """What comes next.
 
-    RETRY = "retry"
+    ELSEWHERE: at once at another endpoint; where there is none, here after a pause. BACK_OFF: the endpoint is given
+    fewer calls at once, and a pause if it asks for one; the call goes where there is room. REJECT: this row cannot be
+    answered. STOP: this endpoint answers no row until somebody changes the set-up; without another the run stops.
+    """
+
+    ELSEWHERE = "elsewhere"
+    BACK_OFF = "back_off"
     REJECT = "reject"
     STOP = "stop"
 
@@ -31,15 +39,19 @@ class Action(StrEnum):
 class Handling:
     """What to do about one kind of failure.
 
-    reason: code of the `CallFailure` once retries are spent. is_answer: the endpoint itself spoke, so it is there.
-    is_outage: the address took no connection at all; such attempts are bounded by `unreachable_seconds` and not by
-    `max_retries`, so that a server that restarts does not cost every row in flight.
+    reason: code of the `CallFailure` once retries are spent. is_answer: the endpoint itself spoke, so it is there;
+    otherwise it is probed. is_unsent: the address took no connection, so the call cannot have harmed the engine.
     """
 
     action: Action
     reason: str
     is_answer: bool = True
-    is_outage: bool = False
+    is_unsent: bool = False
+
+    @property
+    def is_passing(self) -> bool:
+        """Whether the call is worth repeating."""
+        return self.action in {Action.ELSEWHERE, Action.BACK_OFF}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +66,18 @@ class Trouble:
 
 _REJECTED = Handling(Action.REJECT, "teacher_rejected")
 _SET_UP = Handling(Action.STOP, "teacher_misconfigured")
-_FAILED = Handling(Action.RETRY, "teacher_error")
-_GATEWAY = Handling(Action.RETRY, "teacher_unavailable", is_answer=False)
+_FAILED = Handling(Action.ELSEWHERE, "teacher_error")
+_GATEWAY = Handling(Action.ELSEWHERE, "teacher_unavailable", is_answer=False)
 """A gateway spoke, not the teacher behind it."""
-BAD_REPLY = Handling(Action.RETRY, "teacher_bad_reply")
-TIMED_OUT = Handling(Action.RETRY, "teacher_timeout", is_answer=False)
-UNREACHABLE = Handling(Action.RETRY, "teacher_unreachable", is_answer=False, is_outage=True)
-DISCONNECTED = Handling(Action.RETRY, "teacher_disconnected", is_answer=False)
+_OVERLOADED = Handling(Action.BACK_OFF, "teacher_unavailable", is_answer=False)
+"""vLLM answers so while it sheds load, a gateway while nothing stands behind it."""
+BAD_REPLY = Handling(Action.ELSEWHERE, "teacher_bad_reply")
+TIMED_OUT = Handling(Action.ELSEWHERE, "teacher_timeout", is_answer=False)
+UNREACHABLE = Handling(Action.ELSEWHERE, "teacher_unreachable", is_answer=False, is_unsent=True)
+DISCONNECTED = Handling(Action.ELSEWHERE, "teacher_disconnected", is_answer=False)
+ENGINE_DEAD = Handling(Action.ELSEWHERE, "teacher_error", is_answer=False)
+"""vLLM's server outlives its engine for a moment and says so in a 500."""
+_DEAD_ENGINE = re.compile("EngineDeadError|EngineCore encountered an issue")
 
 STATUS_HANDLING: Mapping[int, Handling] = {
     400: _REJECTED,
@@ -69,18 +86,19 @@ STATUS_HANDLING: Mapping[int, Handling] = {
     403: _SET_UP,
     404: _SET_UP,
     405: _SET_UP,
-    408: Handling(Action.RETRY, "teacher_timeout"),
+    408: Handling(Action.ELSEWHERE, "teacher_timeout"),
     409: _FAILED,
     410: _SET_UP,
     413: _REJECTED,
     422: _REJECTED,
     425: _FAILED,
-    429: Handling(Action.RETRY, "teacher_rate_limited"),
+    429: Handling(Action.BACK_OFF, "teacher_rate_limited"),
     500: _FAILED,
     501: _SET_UP,
     502: _GATEWAY,
-    503: _GATEWAY,
+    503: _OVERLOADED,
     504: _GATEWAY,
+    529: _OVERLOADED,
 }
 """HTTP status -> handling; `handling_of_status` fills the gaps."""
 
@@ -167,7 +185,14 @@ def refused_fields(trouble: Trouble, fields: frozenset[str]) -> frozenset[str]:
     """
     if trouble.status not in {400, 422} or not _UNKNOWN_FIELD.search(trouble.detail):
         return frozenset()
-    return frozenset(name for name in fields if re.search(rf"\b{re.escape(name)}\b", trouble.detail))
+    return frozenset(name for name in fields if _names_field(trouble.detail, name))
+
+
+def _names_field(detail: str, name: str) -> bool:
+    if len(name) > 1:
+        return re.search(rf"\b{re.escape(name)}\b", detail) is not None
+    # A single letter may be anything: it counts where it stands as a name or beside a value.
+    return re.search(rf"""["'`]{name}["'`]|\b{name} ?[=><]|[|:] {name}(?: \||$)""", detail) is not None
 
 
 def _trouble_of_status(error: openai.APIStatusError) -> Trouble:
@@ -176,6 +201,8 @@ def _trouble_of_status(error: openai.APIStatusError) -> Trouble:
     # A spent budget comes as "too many requests"; waiting does not refill it.
     if status == 429 and error.code == "insufficient_quota":
         handling = _SET_UP
+    if status == 500 and _DEAD_ENGINE.search(error.response.text):
+        handling = ENGINE_DEAD
     wait = retry_after_seconds(error.response.headers.get("retry-after"))
     return Trouble(handling, f"HTTP {status}: {_server_message(error)}", status, wait)
 

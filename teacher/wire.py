@@ -7,13 +7,17 @@ constraint has already masked; its first tokens may be mere beginnings of a choi
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple
 
 from schemas.requests import Message, Reply, TeacherRequest
 from schemas.template import CLOSE_THINK
+from teacher.images import SentImage
 
-OPTIONAL_FIELDS = frozenset({"structured_outputs", "logprobs", "top_logprobs", "seed", "max_completion_tokens"})
+OPTIONAL_FIELDS = frozenset(
+    {"structured_outputs", "logprobs", "top_logprobs", "seed", "max_completion_tokens", "n", "uuid"}
+)
 """Fields an endpoint may not know. Each is left out, or replaced by its older name, once the endpoint has said so."""
 _GOES_WITH = {"logprobs": "top_logprobs", "top_logprobs": "logprobs"}
 _TOP_LOGPROBS = 20
@@ -31,24 +35,28 @@ def render_body(
     request: TeacherRequest,
     *,
     model: str,
-    image_urls: Mapping[str, str],
+    images: Mapping[str, SentImage],
     extra_body: Mapping[str, Any],
+    num_choices: int = 1,
     without: frozenset[str] = frozenset(),
 ) -> dict[str, Any]:
     """Returns the JSON body of a call.
 
-    image_urls: data or file URL of each image of the request by its sha256. extra_body: wins over our own fields, as
-    in the openai package. without: fields of `OPTIONAL_FIELDS` that the endpoint does not know.
+    images: those of the request by their sha256. extra_body: wins over our own fields, as in the openai package.
+    num_choices: samples drawn by the one call. without: fields of `OPTIONAL_FIELDS` that the endpoint does not know.
     """
+    has_uuid = "uuid" not in without
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_render_message(message, image_urls) for message in request.messages],
+        "messages": [_render_message(message, images, has_uuid=has_uuid) for message in request.messages],
         "temperature": request.sampling.temperature,
         "top_p": request.sampling.top_p,
         "seed": request.seed,
         # OpenAI's newer models refuse max_tokens, vLLM takes both names; who knows only the older says so.
         "max_completion_tokens": request.sampling.max_tokens,
     }
+    if num_choices > 1:
+        body["n"] = num_choices
     if "max_completion_tokens" in without:
         body["max_tokens"] = request.sampling.max_tokens
     if request.choices:
@@ -63,20 +71,71 @@ def render_body(
     return {**body, **extra_body}
 
 
-def parse_reply(content: bytes, *, model: str, seconds: float, is_constrained: bool) -> Reply:
-    """Returns the reply in the body of a 200 answer.
+def parse_replies(content: bytes, *, model: str, num_choices: int, seconds: float, is_constrained: bool) -> list[Reply]:
+    """Returns the replies in the body of a 200 answer, in order of their choices, which begin with choice 0.
 
-    model: the name asked for, taken when the server names none. seconds: how long the call took. An empty text is a
-    reply, and so is a missing one when the server's reasoning parser took all of it or the length ran out.
+    model: the name asked for, taken when the server names none. num_choices: as many were asked for; a server may give
+    fewer. seconds: how long the call took. An empty text is a reply, and so is a missing one when the server's
+    reasoning parser took all of it or the length ran out. The list ends before the first choice that is no reply.
 
-    Raises BadReply: no JSON, no choice, no message, or no text for any other reason.
+    Raises BadReply: no JSON, no choice, or a first choice without message or text.
     """
     body = _parse_body(content)
     choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if not isinstance(choice, dict):
+    if not isinstance(choices, list) or not choices:
         raise BadReply(f"the answer has no choices: {content[:200]!r}")
-    message = choice.get("message")
+    usage = body.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    chosen: list[_Choice] = []
+    for choice in _in_order(choices)[:num_choices]:
+        try:
+            chosen.append(_parse_choice(choice, content, is_constrained=is_constrained))
+        except BadReply:
+            if not chosen:
+                raise
+            break
+    shares = _shared_out(_count(usage, "completion_tokens"), chosen, num_others=len(choices) - len(chosen))
+    name = _text_or(body.get("model"), model)
+    prompt_tokens = _count(usage, "prompt_tokens")
+    cached_tokens = _count(usage.get("prompt_tokens_details"), "cached_tokens")
+    return [
+        Reply(
+            text=choice.text,
+            finish_reason=choice.finish_reason,
+            model=name,
+            reasoning=choice.reasoning,
+            top_logprobs=choice.top_logprobs,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=share,
+            cached_tokens=cached_tokens,
+            seconds=seconds,
+            choice=place,
+        )
+        for place, (choice, share) in enumerate(zip(chosen, shares, strict=True))
+    ]
+
+
+class _Choice(NamedTuple):
+    """What one choice of an answer says; the fields are those of `Reply`."""
+
+    text: str
+    finish_reason: str
+    reasoning: str | None
+    top_logprobs: tuple[tuple[str, float], ...]
+
+
+def _in_order(choices: list[Any]) -> list[Any]:
+    """Returns the choices by their index, where each has one of its own; else as they came."""
+    if len(choices) == 1:
+        return choices
+    indices = [choice.get("index") if isinstance(choice, dict) else None for choice in choices]
+    if sorted(index for index in indices if isinstance(index, int)) != list(range(len(choices))):
+        return choices
+    return sorted(choices, key=lambda choice: int(choice["index"]))
+
+
+def _parse_choice(choice: Any, content: bytes, *, is_constrained: bool) -> _Choice:
+    message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         raise BadReply(f"the choice has no message: {content[:200]!r}")
     finish_reason = _text_or(choice.get("finish_reason"), "unknown")
@@ -85,19 +144,19 @@ def parse_reply(content: bytes, *, model: str, seconds: float, is_constrained: b
     text = _content_text(message)
     if text is None and not reasoning and finish_reason != "length":
         raise BadReply(f"the message has no content: {content[:200]!r}")
-    usage = body.get("usage")
-    usage = usage if isinstance(usage, dict) else {}
-    return Reply(
-        text=text or "",
-        finish_reason=finish_reason,
-        model=_text_or(body.get("model"), model),
-        reasoning=reasoning,
-        top_logprobs=_first_top_logprobs(choice) if is_constrained else (),
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
-        cached_tokens=_count(usage.get("prompt_tokens_details"), "cached_tokens"),
-        seconds=seconds,
-    )
+    return _Choice(text or "", finish_reason, reasoning, _first_top_logprobs(choice) if is_constrained else ())
+
+
+def _shared_out(num_tokens: int, chosen: Sequence[_Choice], *, num_others: int) -> list[int]:
+    """Returns each choice's part of the tokens of a call, by length of text; they sum to the whole, exactly.
+
+    num_others: choices that were no replies; they are taken to be of mean length.
+    """
+    if num_others > 0:
+        num_tokens = num_tokens * len(chosen) // (len(chosen) + num_others)
+    lengths = [1 + len(choice.text) + len(choice.reasoning or "") for choice in chosen]
+    bounds = [num_tokens * part // sum(lengths) for part in accumulate(lengths, initial=0)]
+    return [end - start for start, end in pairwise(bounds)]
 
 
 def served_models(content: bytes) -> list[str] | None:
@@ -164,13 +223,15 @@ def _text_or(value: object, default: str) -> str:
     return value if isinstance(value, str) and value else default
 
 
-def _render_message(message: Message, image_urls: Mapping[str, str]) -> dict[str, Any]:
+def _render_message(message: Message, images: Mapping[str, SentImage], *, has_uuid: bool) -> dict[str, Any]:
     text = _encodable(message.text)
     if not message.images:
         return {"role": message.role, "content": text}
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": image_urls[sha256]}} for sha256 in message.images
-    ]
+    parts: list[dict[str, Any]] = []
+    for image in (images[sha256] for sha256 in message.images):
+        parts.append({"type": "image_url", "image_url": {"url": image.url}})
+        if has_uuid:
+            parts[-1]["uuid"] = image.uuid
     if text:
         parts.append({"type": "text", "text": text})
     return {"role": message.role, "content": parts}

@@ -347,7 +347,7 @@ async def endpoint_prefixes(endpoint: EndpointConfig, modes: Sequence[ThinkingMo
     Raises TeacherUnreachable: it does not answer. TeacherMisconfigured: it does not serve the model, or ignores modes
     other than auto.
     """
-    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "probe.journal") as journal:
+    with tempfile.TemporaryDirectory() as folder, Journal(Path(folder) / "probe") as journal:
         lengths = [await _prompt_length(in_mode(endpoint, mode), journal) for mode in _BY_PREFIX_LENGTH]
     if lengths[0] < lengths[1] < lengths[2]:
         return FORCED_PREFIX
@@ -394,7 +394,7 @@ async def endpoint_replies(
     Raises TeacherUnreachable, TeacherMisconfigured: asking further is useless. StorageError: the journal fails.
     """
     asked = in_mode(endpoint, mode)
-    async with Teacher(asked, journal, store.resized_bytes, store.path) as teacher:
+    async with Teacher(asked, journal, store.resized_bytes, store.resized_path) as teacher:
 
         async def ask(question: Question) -> Reply | CallFailure:
             request = question_request(question.sample, generation)

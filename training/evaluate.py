@@ -2,9 +2,9 @@
 
 The file contract is that of `training.programs`. Written are `table.md`, `accuracy.{png,svg}` (over mean output tokens)
 and `thinking_rate.{png,svg}` (by benchmark), `replies.jsonl` (every reply with its verdict), `quarantined.jsonl` (rows
-that could not be asked, with reasons) and, last, `result.json`. Every reply is in `replies.journal` before it counts,
-under a key of all that shaped it (the checkpoint's bytes, question, images, mode, settings): a run started again asks
-only what is missing, and a changed verifier scores anew without a question asked.
+that could not be asked, with reasons) and, last, `result.json`. Every reply is in the journal `replies` before it
+counts, under a key of all that shaped it (the checkpoint's bytes, question, images, mode, settings): a run started
+again asks only what is missing, and a changed verifier scores anew without a question asked.
 
     python -m training.evaluate --config evaluate.yaml
 """
@@ -294,7 +294,7 @@ def evaluate(config: EvaluationConfig) -> Result:
     rows: list[Row] = []
     with (
         stop.listening(),
-        Journal(folder.path / "replies.journal") as journal,
+        Journal(folder.path / "replies") as journal,
         VerifierPool(config.verification) as verifiers,
         replacing(folder.path / "replies.jsonl") as temporary,
         temporary.open("w", encoding="utf-8") as file,

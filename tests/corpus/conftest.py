@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from corpus.card import CardInputs, build_card, mode_sizes
 from corpus.excerpts import pick_fates, pick_rows
-from corpus.report import PurposeUsage, ReportInputs, build_report
+from corpus.report import ReportInputs, build_report
 from corpus.storage import write_text
 from corpus.tally import tally_corpus
 from corpus.versions import Committed, begin_version, commit_version
@@ -25,9 +25,11 @@ from corpus.writer import ShardInfo, write_fates, write_shards
 from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.rows import LabelledSample
 from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic
+from schemas.usage import Usage, UsageKey
 from schemas.verdicts import Decision, Heuristic, Mode
 
 RECIPE = "recipe-1"
+USAGE_KEY = UsageKey("performance", "performance", "tests", "teacher")
 
 
 def encoded_image(colour: str, size: tuple[int, int] = (6, 4)) -> bytes:
@@ -161,7 +163,8 @@ def write_companions(
         reasoner="reasoner",
         stages=counts,
         tally=tally,
-        usage=(PurposeUsage("performance", 40, 8, 2, 1, 4000, 800, 1000, 12.5),),
+        costs={USAGE_KEY: Usage(48, 96, 0, 2, 0, 4800, 900, 1000, 14.5)},
+        paid={USAGE_KEY: Usage(40, 80, 16, 2, 1, 4000, 800, 1000, 12.5, 3.0)},
         rows=pick_rows(building),
         fates=pick_fates(building / "fates.parquet", read_image=world.read_image),
     )

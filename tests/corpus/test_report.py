@@ -13,7 +13,6 @@ import pytest
 from corpus.excerpts import ShownFate, ShownRow
 from corpus.report import (
     PAPER_TABLE_1,
-    PurposeUsage,
     ReportInputs,
     build_report,
     percent,
@@ -25,6 +24,7 @@ from corpus.report import (
 from corpus.tally import CorpusTally, ModeCount
 from schemas.config import PricesConfig
 from schemas.fates import Exit, Fate, StageCount
+from schemas.usage import Usage, UsageKey
 
 HOSTILE = (
     "</div></article><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
@@ -81,17 +81,43 @@ def test_the_paper_s_table_adds_up() -> None:
     assert sum(count.think for count in PAPER_TABLE_1.values()) == 5_495_210
 
 
-def test_the_summary_counts_rows_calls_and_cost() -> None:
-    usage = (
-        PurposeUsage("routing", 10, 5, 1, 2, 1_000_000, 10, 500, 1.5),
-        PurposeUsage("performance", 20, prompt_tokens=500_000, completion_tokens=250_000, seconds=2.0),
-    )
-    summary = report_figures(inputs(usage=usage, prices=PricesConfig(prompt=2.0, completion=4.0)))["summary"]
+def key(purpose: str = "performance", source: str = "charts", model: str = "T") -> UsageKey:
+    return UsageKey("performance", purpose, source, model)
+
+
+def visible(html: str) -> str:
+    return " ".join("".join(Page(html).text).split())
+
+
+def test_the_summary_counts_rows() -> None:
+    summary = report_figures(inputs())["summary"]
     assert (summary["rows_in"], summary["rows_out"], summary["dropped"], summary["quarantined"]) == (10, 8, 1, 1)
     assert (summary["share_out"], summary["share_think"]) == (0.8, 0.25)
-    assert (summary["num_calls"], summary["num_reused"], summary["num_failures"]) == (30, 5, 2)
-    assert (summary["prompt_tokens"], summary["completion_tokens"], summary["seconds"]) == (1_500_000, 250_010, 3.5)
-    assert summary["cost"] == pytest.approx(1.5 * 2.0 + 0.25001 * 4.0)
+
+
+def test_the_page_shows_the_cost_by_purpose_source_and_model() -> None:
+    costs = {
+        key("routing", "charts", "T"): Usage(10, 10, 0, 1, 0, 1_000_000, 10, 500, 1.5),
+        key("performance", "talks", "R"): Usage(20, 160, prompt_tokens=500_000, completion_tokens=250_000),
+    }
+    paid = {key(): Usage(3, 24, 136, 2, 1, 60_000, 7_000, wall_seconds=9.0)}
+    html, figures = build_report(
+        inputs(costs=costs, paid=paid, prices=PricesConfig(prompt=2.0, completion=4.0, cached_prompt=2.0))
+    )
+    accounting, text = figures["accounting"], visible(html)
+    assert (accounting["costs"]["total"]["num_calls"], accounting["costs"]["total"]["num_replies"]) == (30, 170)
+    assert accounting["costs"]["total"]["cost"] == pytest.approx(1.5 * 2.0 + 0.25001 * 4.0)
+    assert [row["cost"] for row in accounting["costs"]["by_source"]] == pytest.approx([2.00004, 2.0])
+    assert "Total30170" in text.replace(" ", "") and "talks" in text
+    # The run's own: calls, failed, retries, replies, reused.
+    assert "performance performance3 1 2 24 136".replace(" ", "") in text.replace(" ", "")
+    assert "4.00at the configured prices; 0.1480 paid by the last run" in text
+
+
+def test_a_run_that_paid_nothing_says_so() -> None:
+    html, _ = build_report(inputs(costs={key(): Usage(1, 1)}, paid={key(): Usage(num_reused=1)}))
+    assert "Nothing: every reply that it needed was stored before." in visible(html)
+    assert "at the configured prices" not in html
 
 
 def test_topics_stand_beside_the_paper_s_with_the_unknown_ones_last() -> None:
@@ -169,7 +195,8 @@ def test_hostile_text_is_shown_and_never_markup() -> None:
             tally=CorpusTally(
                 rows=ModeCount(2, 6), by_topic={HOSTILE: ModeCount(2, 6)}, by_source={HOSTILE: ModeCount(1, 1)}
             ),
-            usage=(PurposeUsage(HOSTILE, 1),),
+            costs={UsageKey(HOSTILE, HOSTILE, HOSTILE, HOSTILE): Usage(1, 1)},
+            paid={UsageKey(HOSTILE, HOSTILE, HOSTILE, HOSTILE): Usage(1, 1)},
             rows=(shown_row(HOSTILE), shown_row(HOSTILE, mode=HOSTILE, topic=HOSTILE)),
             fates=(ShownFate(fate, (None,)),),
         )
@@ -212,8 +239,16 @@ def test_many_sources_and_options_are_cut_with_a_word() -> None:
 
 
 def test_the_terminal_table_lines_up() -> None:
-    table = summary_table(report_figures(inputs(usage=(PurposeUsage("performance", 1234, 5),))))
-    assert table == TABLE
+    costs = {key("routing"): Usage(34, 34, completion_tokens=34), key(): Usage(1200, 9600, 0, 3, 0, 700_000, 9)}
+    assert summary_table(report_figures(inputs(costs=costs))) == TABLE
+    with_prices = summary_table(report_figures(inputs(costs=costs, prices=PricesConfig(prompt=2.0))))
+    assert [line.split()[-1] for line in with_prices.splitlines()[-3:]] == ["0.00", "1.40", "1.40"]
+
+
+def test_a_report_of_an_earlier_version_has_a_table_too() -> None:
+    figures = report_figures(inputs())
+    del figures["accounting"]
+    assert "Text-only" in summary_table(figures)
 
 
 TABLE = """\
@@ -237,9 +272,11 @@ Knowledge          0      0      0         -  27.9 %
 Text-only          0      0      0         -   9.2 %
 Total              6      2      8    25.0 %  33.6 %
 
-teacher calls   made  reused  retries  failures  prompt tokens  completion tokens
----------------------------------------------------------------------------------
-performance    1,234       5        0         0              0                  0"""
+replies to   calls  replies  retries  prompt tokens  cached  completion tokens
+------------------------------------------------------------------------------
+routing         34       34        0              0       0                 34
+performance  1,200    9,600        3        700,000       0                  9
+all          1,234    9,634        3        700,000       0                 43"""
 
 
 def test_the_terminal_table_carries_no_control_characters() -> None:

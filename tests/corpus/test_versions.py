@@ -43,7 +43,7 @@ def test_a_committed_version_has_a_manifest_that_accounts_for_every_row(
         "data/think/00000.parquet",
         "data/think/00001.parquet",
     ]
-    assert [file.path for file in manifest.files] == ["README.md", "fates.parquet", "report.html", "report.json"]
+    assert [file.path for file in manifest.files] == ["README.md", "fates.parquet"]
     assert list(manifest.counts) == ["duplicates", "corpus"]
     assert manifest.counts["duplicates"].dropped == {"near_duplicate": 2}
 
@@ -165,7 +165,7 @@ def test_every_damaged_file_is_named(build_version: Any, world: Any) -> None:
     content[100] ^= 1
     shard.write_bytes(bytes(content))
     (folder / "data/think/00001.parquet").unlink()
-    (folder / "report.json").write_text("{}")
+    (folder / "README.md").write_text("{}")
     (folder / "data/direct/extra.parquet").write_bytes(content)
     with pytest.raises(CorpusError) as caught:
         verify_version(folder)
@@ -173,10 +173,22 @@ def test_every_damaged_file_is_named(build_version: Any, world: Any) -> None:
     assert [line.split(":")[0].strip() for line in lines] == [
         "data/think/00000.parquet",
         "data/think/00001.parquet",
-        "report.json",
+        "README.md",
         "data/direct/extra.parquet",
     ]
     assert "its sha256 is not" in lines[0] and "missing" in lines[1] and "2 bytes instead of" in lines[2]
+
+
+def test_what_a_run_paid_does_not_change_the_manifest(build_version: Any, world: Any, tmp_path: Path) -> None:
+    manifests = []
+    for paid in ("nothing", "a lot"):
+        built = build_version(world.rows(think=1, direct=1))
+        (built.building / "report.html").write_text(paid)
+        (built.building / "report.json").write_text(paid)
+        folder = built.commit().folder
+        manifests.append((folder / "manifest.json").read_bytes())
+        folder.rename(tmp_path / paid)
+    assert manifests[0] == manifests[1]
 
 
 def test_a_folder_without_a_manifest_is_not_a_version(tmp_path: Path) -> None:

@@ -28,6 +28,8 @@ from schemas.errors import (
     TeacherUnreachable,
 )
 from schemas.template import parse_completion
+from teacher.fault_server import Fault, FaultSchedule, FaultServer
+from teacher.usage import row_costs
 from tests.flows.scripted_world import scripted_answer, write_config, write_questions
 from tests.replay_teacher import ReplayTeacher
 
@@ -277,6 +279,41 @@ def test_a_full_disk_is_told_by_name(tmp_path: Path, teacher: ReplayTeacher, mon
     monkeypatch.setattr("corpus.storage.os.fsync", full)
     with pytest.raises(StorageError, match=r"No space left on device.*free some space and run again"):
         run(config)
+
+
+def test_the_report_tells_what_the_replies_cost_and_what_the_run_paid(tmp_path: Path) -> None:
+    """With calls that fail for a while, and one question that the teacher never takes."""
+
+    def answer(body: dict[str, Any], choice: int) -> str | dict[str, Any]:
+        return scripted_answer({**body, "_index": body["_index"] + choice})
+
+    faults = FaultSchedule(
+        share=0.2,
+        kinds=(Fault.SERVER_ERROR, Fault.CUT_JSON),
+        persistent=lambda body: Fault.TOO_LARGE if "the thing number 4 here" in str(body["messages"]) else None,
+    )
+    questions = write_questions(tmp_path / "in")
+    with FaultServer(answer, models=["scripted"], faults=faults) as server:
+        prices = {"prompt": 1.0, "models": {"scripted": {"prompt": 2.0, "completion": 5.0}}}
+        config = write_config(tmp_path, questions, server.url, prices=prices, performance={"waves": [8]})
+        result = run(config)
+        num_calls = server.num_calls
+        again = run(config)
+        assert server.num_calls == num_calls
+    accounting = json.loads(Path(result["corpus"], "report.json").read_text(encoding="utf-8"))["accounting"]
+    costs, paid = accounting["costs"]["total"], accounting["paid"]["total"]
+    assert paid["num_calls"] + paid["num_retries"] == num_calls and paid["num_retries"] > 10
+    assert paid["num_failures"] >= 1 and costs["num_calls"] == paid["num_calls"] - paid["num_failures"]
+    performance = next(row for row in accounting["costs"]["by_purpose"] if row["purpose"] == "performance")
+    assert performance["num_replies"] == 8 * performance["num_calls"]
+    assert costs["cost"] == pytest.approx((2.0 * costs["prompt_tokens"] + 5.0 * costs["completion_tokens"]) / 1e6)
+    assert [(row["source"], row["cost"]) for row in accounting["costs"]["by_source"]] == [("sums", costs["cost"])]
+    stored = row_costs(tmp_path / "work" / "journals").sum().collect().to_dicts()[0]
+    for name in ("num_calls", "num_replies", "num_retries", "prompt_tokens", "completion_tokens"):
+        assert stored[name] == costs[name], name
+    assert (result["paid"]["num_calls"], again["paid"]["num_calls"]) == (paid["num_calls"], 0)
+    assert again["paid"]["text"] == "paid nothing: nothing was asked"
+    assert (again["corpus"], again["is_new"]) == (result["corpus"], False)
 
 
 def test_a_dry_run_asks_nothing_and_bounds_the_calls(tmp_path: Path, teacher: ReplayTeacher) -> None:

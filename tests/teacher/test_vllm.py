@@ -6,11 +6,15 @@ What the model says is noise; that the server takes images, constraints, logprob
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import socket
 import subprocess
+import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,9 @@ from schemas.requests import CallFailure, Message, Reply, Sampling, TeacherReque
 from teacher import serving
 from teacher.client import Teacher
 from teacher.journal import Journal
+from teacher.parallelism import Parallelism
 from teacher.serving import ServerHandle, start_server
+from teacher.vllm_command import find_build, server_command
 
 ROOT = Path(__file__).parents[2]
 GPU_PYTHON = Path(os.environ.get("BIMODE_GPU_PYTHON") or ROOT / ".venv-gpu" / "bin" / "python")
@@ -73,12 +79,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         python=str(GPU_PYTHON),
         port=port,
         start_timeout_seconds=3600,  # seconds on an idle machine, but tests share theirs
-        extra_args=["--allowed-local-media-path", str(images)],
     )
     marker = f"BIMODE_TEST_VLLM={folder}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(*marker.split("=", 1))
-        handle = start_server(endpoint, serve, log_path=folder / "vllm.log", pid_path=folder / "vllm.pid")
+        handle = start_server(
+            endpoint, serve, log_path=folder / "vllm.log", pid_path=folder / "vllm.pid", media_folder=images
+        )
     server = Served(handle, endpoint, images, marker.encode())
     yield server
     # The last test stops it; after a failure this does.
@@ -102,7 +109,7 @@ class Asking:
         *,
         images: tuple[str, ...] = (),
         endpoint: dict[str, Any] | None = None,
-        image_path: Callable[[str], Path] | None = None,
+        image_path: Callable[[str, int], Path] | None = None,
         **changes: Any,
     ) -> Reply | CallFailure:
         fields: dict[str, Any] = {
@@ -120,6 +127,52 @@ class Asking:
 @pytest.fixture
 def ask(served: Served, tmp_path: Path) -> Asking:
     return Asking(served, tmp_path)
+
+
+PARSE = """
+import json, sys
+from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+arguments = make_arg_parser(FlexibleArgumentParser()).parse_args(sys.argv[1:])
+validate_parsed_serve_args(arguments)
+names = ["tensor_parallel_size", "data_parallel_size", "performance_mode", "max_model_len", "limit_mm_per_prompt",
+         "mm_encoder_tp_mode", "allowed_local_media_path", "enable_log_requests", "gpu_memory_utilization"]
+print(json.dumps({name: getattr(arguments, name) for name in names}))
+"""
+
+
+def test_the_real_parser_takes_the_command_line_of_the_gpu_build(tmp_path: Path) -> None:
+    found = find_build(str(GPU_PYTHON))
+    command = server_command(
+        EndpointConfig(),
+        ServeConfig(max_num_seqs=512),
+        python="python",
+        build=replace(found, distribution="vllm"),
+        parallelism=Parallelism(2, 4),
+        media_folder=tmp_path,
+    )
+    start = command.index("serve") + 1
+    # None was left out as unknown: the version here knows them all.
+    assert len({word for word in command[start:] if word.startswith("--")}) == 20
+    done = subprocess.run(
+        [GPU_PYTHON, "-c", PARSE, *command[start:]],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": serving.cpu_python_path(None)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "tensor_parallel_size": 2,
+        "data_parallel_size": 4,
+        "performance_mode": "throughput",
+        "max_model_len": -1,
+        "limit_mm_per_prompt": {"video": 0, "audio": 0},
+        "mm_encoder_tp_mode": "data",
+        "allowed_local_media_path": str(tmp_path),
+        "enable_log_requests": False,
+        "gpu_memory_utilization": 0.92,
+    }
 
 
 async def test_the_served_model_passes_the_check_and_another_does_not(served: Served, tmp_path: Path) -> None:
@@ -147,7 +200,7 @@ async def test_the_same_image_by_data_url_and_by_file_gives_the_same_reply(serve
         images=("a b",),
         sampling=Sampling(max_tokens=8),
         endpoint={"images_as": "file_url"},
-        image_path=lambda sha256: served.images / f"{sha256}.png",
+        image_path=lambda sha256, max_pixels: served.images / f"{sha256}.png",
     )
     assert isinstance(by_data, Reply) and isinstance(by_file, Reply)
     assert by_data.text == by_file.text
@@ -195,6 +248,33 @@ async def test_the_seed_decides_what_is_drawn(ask: Asking) -> None:
     assert first.text == again.text != other.text
 
 
+def test_the_samples_of_one_call_are_those_of_single_calls_with_the_seeds_that_follow(served: Served) -> None:
+    together = texts(served, n=4, seed=40)
+    assert together == [text for seed in (40, 41, 42, 43) for text in texts(served, n=1, seed=seed)]
+    assert len(set(together)) == 4
+
+
+def texts(served: Served, *, n: int, seed: int) -> list[str]:
+    """What the server answers, past the client: the choices of one call by their index."""
+    content = [
+        {"type": "text", "text": "What is in the image?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64," + b64encode(png("red", 0)[0]).decode()}},
+    ]
+    body = {
+        "model": served.endpoint.model,
+        "messages": [{"role": "user", "content": content}],
+        "temperature": 1.0,
+        "max_tokens": 32,
+        "n": n,
+        "seed": seed,
+    }
+    url = f"{served.endpoint.url}/chat/completions"
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
+        choices = json.load(answer)["choices"]
+    return [choice["message"]["content"] for choice in sorted(choices, key=lambda choice: choice["index"])]
+
+
 async def test_a_shared_prompt_is_read_from_the_cache(ask: Asking) -> None:
     message = Message("user", "What is in the image? " * 40)
     await ask(messages=(message,), index=0)
@@ -210,8 +290,9 @@ def test_the_server_listens_on_the_loopback_alone(served: Served) -> None:
 
 
 def test_stopping_leaves_no_process_and_keeps_the_log(served: Served) -> None:
-    assert len(served.processes()) >= 3  # launcher, API server, engine
+    assert len(served.processes()) >= 4  # the launcher's two, API server, engine
     served.handle.stop()
     assert served.processes() == []
     assert not serving.is_answering(served.endpoint) and not served.handle.pid_path.exists()
-    assert "Application startup complete" in served.handle.log_path.read_text()
+    log = served.handle.log_path.read_text()
+    assert "EngineCore" in log and "the server was stopped: exit status 0" in log.splitlines()[-1]

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.requests import Message, Reply, Sampling, TeacherRequest
-from teacher.wire import BadReply, parse_reply, render_body, served_models
+from teacher.images import SentImage
+from teacher.wire import BadReply, parse_replies, render_body, served_models
 
 
 def request_with(**changes: Any) -> TeacherRequest:
@@ -25,15 +26,21 @@ def request_with(**changes: Any) -> TeacherRequest:
     return TeacherRequest(**{**fields, **changes})
 
 
-URLS = {"aa": "data:image/png;base64,AA", "bb": "data:image/png;base64,BB"}
+IMAGES = {name: SentImage(f"data:image/png;base64,{name.upper()}", f"{name}-100") for name in ("aa", "bb")}
 
 
 def body_of(request: TeacherRequest, **changes: Any) -> dict[str, Any]:
-    return render_body(request, **{"model": "m", "image_urls": URLS, "extra_body": {}, **changes})
+    return render_body(request, **{"model": "m", "images": IMAGES, "extra_body": {}, **changes})
 
 
 def parsed(answer: object, *, is_constrained: bool = False) -> Reply:
-    return parse_reply(json.dumps(answer).encode(), model="asked", seconds=1.5, is_constrained=is_constrained)
+    [reply] = replies_in(answer, 1, is_constrained=is_constrained)
+    return reply
+
+
+def replies_in(answer: object, num_choices: int, *, is_constrained: bool = False) -> list[Reply]:
+    content = json.dumps(answer).encode()
+    return parse_replies(content, model="asked", num_choices=num_choices, seconds=1.5, is_constrained=is_constrained)
 
 
 def answer_with(message: object, **choice: Any) -> dict[str, Any]:
@@ -48,8 +55,8 @@ def test_a_body_has_the_images_before_the_text_and_all_sampling_parameters() -> 
             {
                 "role": "user",
                 "content": [
-                    {"type": "image_url", "image_url": {"url": URLS["aa"]}},
-                    {"type": "image_url", "image_url": {"url": URLS["bb"]}},
+                    {"type": "image_url", "image_url": {"url": IMAGES["aa"].url}, "uuid": "aa-100"},
+                    {"type": "image_url", "image_url": {"url": IMAGES["bb"].url}, "uuid": "bb-100"},
                     {"type": "text", "text": "What is it?"},
                 ],
             },
@@ -138,7 +145,7 @@ def test_odd_but_true_answers_are_replies(message: object, finish_reason: str, t
 )
 def test_what_is_no_chat_completion_is_a_bad_reply(content: bytes) -> None:
     with pytest.raises(BadReply):
-        parse_reply(content, model="m", seconds=0, is_constrained=True)
+        parse_replies(content, model="m", num_choices=1, seconds=0, is_constrained=True)
 
 
 @given(
@@ -194,3 +201,46 @@ def test_served_models_are_the_ids() -> None:
     assert served_models(b'{"data": [{"id": "a"}, {"id": 3}, null, {"id": "b"}]}') == ["a", "b"]
     assert served_models(b'{"data": {}}') is None
     assert served_models(b"<html>") is None
+
+
+def choice_of(text: str | None, index: int) -> dict[str, Any]:
+    return {"index": index, "message": {"content": text}, "finish_reason": "stop"}
+
+
+def test_choices_come_in_order_and_share_out_their_tokens_by_length() -> None:
+    usage = {"prompt_tokens": 9, "completion_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}}
+    answer = {"choices": [choice_of("ccc", 2), choice_of("", 0), choice_of("bbbb", 1)], "usage": usage}
+    replies = replies_in(answer, 3)
+    assert [(r.text, r.choice, r.completion_tokens) for r in replies] == [("", 0, 1), ("bbbb", 1, 5), ("ccc", 2, 4)]
+    assert all((r.prompt_tokens, r.cached_tokens, r.seconds) == (9, 4, 1.5) for r in replies)
+
+
+@given(st.lists(st.text(max_size=20), min_size=1, max_size=8), st.integers(0, 10_000))
+def test_no_token_of_a_call_is_lost_or_counted_twice(texts: list[str], num_tokens: int) -> None:
+    choices = [choice_of(text, index) for index, text in enumerate(texts)]
+    replies = replies_in({"choices": choices, "usage": {"completion_tokens": num_tokens}}, len(texts))
+    assert sum(reply.completion_tokens for reply in replies) == num_tokens
+
+
+def test_replies_end_before_the_first_choice_that_is_none() -> None:
+    answer = {"choices": [choice_of("a", 0), choice_of(None, 1), choice_of("c", 2)], "usage": {"completion_tokens": 9}}
+    assert [(r.text, r.completion_tokens) for r in replies_in(answer, 3)] == [("a", 3)]
+    with pytest.raises(BadReply, match="no content"):
+        replies_in({"choices": [choice_of(None, 0), choice_of("b", 1)]}, 2)
+
+
+def test_a_server_that_gives_more_choices_than_asked_for_is_not_believed_about_the_rest() -> None:
+    answer = {"choices": [choice_of("a", 0), choice_of("b", 1)], "usage": {"completion_tokens": 4}}
+    assert [(r.text, r.completion_tokens) for r in replies_in(answer, 1)] == [("a", 2)]
+
+
+def test_several_samples_are_one_call_with_n_and_one_is_none() -> None:
+    assert body_of(request_with(), num_choices=8)["n"] == 8
+    assert "n" not in body_of(request_with()) and "n" not in body_of(
+        request_with(), num_choices=8, without=frozenset({"n"})
+    )
+
+
+def test_a_server_that_knows_no_uuid_gets_none() -> None:
+    parts = body_of(request_with(), without=frozenset({"uuid"}))["messages"][1]["content"]
+    assert all("uuid" not in part for part in parts)

@@ -150,7 +150,7 @@ def test_a_reply_torn_by_the_death_of_its_run_is_asked_again(
 ) -> None:
     settings = config(tmp_path, world, text)
     die_after(10, settings)
-    journal = tmp_path / "replies.journal"
+    journal = tmp_path / "replies" / "attempt-00001.journal"
     journal.write_bytes(journal.read_bytes()[:-7])
     evaluate(settings)
     assert lines_of(tmp_path / "metrics.jsonl")[-1]["num_stored"] == 9
