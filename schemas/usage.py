@@ -6,7 +6,8 @@ whoever paid for it and when. What a *run paid* counts the calls that one proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, TypeAlias
 
@@ -43,7 +44,7 @@ class Usage:
     num_gpu_calls: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(*(getattr(self, name) + getattr(other, name) for name in _FIELD_NAMES))
+        return Usage(*map(operator.add, _counts(self), _counts(other)))
 
     @classmethod
     def of_reply(cls, reply: Reply) -> Usage:
@@ -55,6 +56,18 @@ class Usage:
             completion_tokens=reply.completion_tokens,
             cached_tokens=reply.cached_tokens if is_first else 0,
             seconds=reply.seconds if is_first else 0.0,
+        )
+
+    @classmethod
+    def of_replies(cls, replies: Sequence[Reply]) -> Usage:
+        """Returns what the replies of one call add to it: the sum of `of_reply`, at once."""
+        firsts = [reply for reply in replies if reply.choice == 0]
+        return cls(
+            num_replies=len(replies),
+            prompt_tokens=sum(reply.prompt_tokens for reply in firsts),
+            completion_tokens=sum(reply.completion_tokens for reply in replies),
+            cached_tokens=sum(reply.cached_tokens for reply in firsts),
+            seconds=sum(reply.seconds for reply in firsts),
         )
 
     @classmethod
@@ -80,6 +93,7 @@ class Usage:
 
 
 _FIELD_NAMES = tuple(field.name for field in fields(Usage))
+_counts = operator.attrgetter(*_FIELD_NAMES)
 
 
 @dataclass(frozen=True, slots=True, order=True)

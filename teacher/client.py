@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
+from operator import attrgetter
 from types import TracebackType
 
 from schemas.config import EndpointConfig
@@ -119,7 +121,7 @@ class Teacher:
             self._count(requests[0], Usage(num_reused=num_reused))
         for run in _runs(missing, together=self.group.takes_several_choices):
             self._begin(run)
-        return [await asyncio.shield(item) if isinstance(item, asyncio.Future) else item for item in found]
+        return [await _outcome(item) if isinstance(item, asyncio.Future) else item for item in found]
 
     def _begin(self, run: list[tuple[str, TeacherRequest]]) -> None:
         call = asyncio.create_task(self._ask_run(run))
@@ -162,7 +164,7 @@ class Teacher:
         if isinstance(answer.outcome, CallFailure):
             self._count(request, usage + Usage(num_failures=1))
             return
-        self._count(request, sum(map(Usage.of_reply, answer.outcome), usage))
+        self._count(request, usage + Usage.of_replies(answer.outcome))
 
     def _settle(self, key: str, outcome: Outcome) -> None:
         future = self._under_way.pop(key)
@@ -196,6 +198,12 @@ class Teacher:
         self._usage[request.purpose] = self._usage.get(request.purpose, Usage()) + usage
 
 
+async def _outcome(outcome: asyncio.Future[Outcome]) -> Outcome:
+    """Waits for an outcome; who gives up waiting does not take it from the others."""
+    # The samples of a call are settled together: seven of eight are there once the first is, and need no shield.
+    return outcome.result() if outcome.done() else await asyncio.shield(outcome)
+
+
 def _runs(missing: Sequence[tuple[str, TeacherRequest]], *, together: bool) -> list[list[tuple[str, TeacherRequest]]]:
     """Returns the requests in runs that one call can answer: choice j has index and seed of the first plus j."""
     runs: list[list[tuple[str, TeacherRequest]]] = []
@@ -209,4 +217,8 @@ def _runs(missing: Sequence[tuple[str, TeacherRequest]], *, together: bool) -> l
 
 def _follows(last: TeacherRequest, request: TeacherRequest) -> bool:
     # Engines do not wrap seeds around.
-    return last.sample(last.index + 1) == request and request.seed == last.seed + 1
+    is_next = request.index == last.index + 1 and request.seed == last.seed + 1
+    return is_next and _question(request) == _question(last)
+
+
+_question = attrgetter(*(field.name for field in fields(TeacherRequest) if field.name not in {"index", "seed"}))

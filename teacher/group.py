@@ -140,8 +140,9 @@ class EndpointGroup:
             if not isinstance(outcome, Trouble):
                 self._note_success(address, len(outcome))
                 self._note_choices(address, call.num_choices, len(outcome))
-                replies = [replace(reply, num_attempts=call.num_attempts) for reply in outcome]
-                return Answer(replies, call.num_attempts)
+                if call.num_attempts > 1:
+                    outcome = [replace(reply, num_attempts=call.num_attempts) for reply in outcome]
+                return Answer(outcome, call.num_attempts)
             if self._learn(address, outcome, without, were_named=were_named):
                 continue
             failure = await self._after(outcome, call, address, generation)
@@ -346,8 +347,11 @@ def _headers(call: _Call, address: Address) -> dict[str, str]:
     return headers
 
 
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
 def _encode(body: dict[str, Any]) -> bytes:
-    return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return _to_json(body).encode()
 
 
 def _name_models(names: list[str] | None) -> str:

@@ -7,11 +7,12 @@ The key comes first, so that opening a journal need not parse the JSON. The part
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from schemas.requests import Message, Reply, Sampling, TeacherRequest
 
+_SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 _KEY_PREFIX = b'{"key":"'
 # ASCII keeps the marker of a frame unforgeable, and lone surrogates, which JSON from a server may hold, writable.
 _to_json = json.JSONEncoder(ensure_ascii=True, separators=(",", ":")).encode
@@ -46,7 +47,7 @@ def rendered_question(request: TeacherRequest) -> bytes:
         "messages": [
             {"role": message.role, "text": message.text, "images": message.images} for message in request.messages
         ],
-        "sampling": asdict(request.sampling),
+        "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING_FIELDS},
         "choices": request.choices,
     }
     return _to_json(members)[1:-1].encode("ascii")

@@ -75,7 +75,7 @@ class Transport:
         """Returns the body of the answer to a JSON body.
 
         Raises openai.APIStatusError: for any status that is not 2xx. ReplyTooLong: if the body is too long to be read.
-        aiohttp.ClientError, OSError: if the connection fails.
+        httpx2.ConnectTimeout: if there is no connection in time. aiohttp.ClientError, OSError: if the connection fails.
         """
         return await self._request("POST", self.url + path, content, headers)
 
@@ -89,11 +89,16 @@ class Transport:
 
     async def _request(self, method: str, url: str, content: bytes | None, headers: Mapping[str, str]) -> bytes:
         session = self._opened()
-        async with session.request(method, url, data=content, headers=headers, allow_redirects=False) as response:
-            body = await _read(response)
-            if 200 <= response.status < 300:
-                return body
-            raise _status_error(method, url, response, body)
+        try:
+            async with session.request(method, url, data=content, headers=headers, allow_redirects=False) as response:
+                body = await _read(response)
+                if 200 <= response.status < 300:
+                    return body
+                raise _status_error(method, url, response, body)
+        except aiohttp.ConnectionTimeoutError:
+            pass
+        # Raised here, so that it has no cause: aiohttp's is a TimeoutError, as if an answer had taken too long.
+        raise httpx2.ConnectTimeout(f"no connection within {_CONNECT_SECONDS:g} s")
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
+import httpx2
 import pytest
 
+import teacher.transport as transport_module
 from schemas.errors import TeacherMisconfigured
+from teacher.failures import UNREACHABLE, trouble_of_exception
 from teacher.transport import Transport
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def proxy() -> AsyncIterator[tuple[str, list[str]]]:
     """Yields host and port of a proxy that answers all calls itself, and the heads of the calls it got."""
     heads: list[str] = []
@@ -86,3 +90,20 @@ def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
     with pytest.raises(TeacherMisconfigured, match="holds a user name") as caught:
         Transport("http://me:secret@teacher/v1", api_key_env="NO_KEY")
     assert "secret" not in str(caught.value)
+
+
+async def test_a_host_that_takes_no_connection_in_time_has_not_seen_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "_CONNECT_SECONDS", 0.2)
+    with contextlib.ExitStack() as sockets:
+        listener = sockets.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4):  # they fill its queue; the system drops what comes further
+            waiting = sockets.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(listener.getsockname())
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        async with Transport(url, api_key_env="NO_KEY") as transport:
+            with pytest.raises(httpx2.ConnectTimeout, match=r"no connection within 0\.2 s") as caught:
+                await transport.post("/chat/completions", b"{}", {})
+    assert trouble_of_exception(caught.value).handling is UNREACHABLE
