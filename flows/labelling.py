@@ -29,8 +29,9 @@ from schemas.verdicts import Failure, Mode, Verdict, unscored
 Ask = Callable[[TeacherRequest], Awaitable[Reply | CallFailure]]
 AskSamples = Callable[[Sequence[TeacherRequest]], Awaitable[list[Reply | CallFailure]]]
 _Reading = TypeVar("_Reading")
-REJECTED = "teacher_rejected"
-"""The failure that no retry heals: the endpoint refuses this very request (too long, an image it cannot take)."""
+HOPELESS = frozenset({"teacher_rejected", "teacher_crashed"})
+"""Failures that no further sample heals: the endpoint refuses this very question (too long, an image it cannot take),
+or its engine dies of it, as it would of every further sample."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,7 @@ async def label_performance(row: WorkRow, desk: Desk) -> WorkRow | Fate:
                 await take(desk.plans.next_indices(source, verdicts, is_audit=is_audit))
         num_counted = len(performance.evidence(verdicts, settings, is_audit=is_audit))
         for reply in replies[:num_counted]:
-            if isinstance(reply, CallFailure) and reply.reason == REJECTED:
+            if isinstance(reply, CallFailure) and reply.reason in HOPELESS:
                 return row.quarantined("performance", reply.reason, reply.detail)
     decision = performance.performance_decision(verdicts, settings, is_audit=is_audit)
     if decision is None:
@@ -168,7 +169,7 @@ async def label_reasoning(row: WorkRow, desk: Desk) -> WorkRow | Fate:
         if isinstance(reply, CallFailure):
             problems.append(TraceProblem(reply.reason, reply.detail))
             num_unanswered += 1
-            if reply.reason == REJECTED:
+            if reply.reason in HOPELESS:
                 break
             continue
         trace = reasoning.read_trace(reply)
@@ -219,7 +220,10 @@ async def label_answer(row: WorkRow, desk: Desk) -> WorkRow | Fate:
     assert row.decision is not None, f"row {row.sample.origin} reached the last stage without a decision"
     answer = row.answer if row.answer is not None else row.sample.answer
     if answer is None:
-        reply = await desk.ask_teacher(reasoning.direct_request(row.sample, desk.config.direct, seed=desk.config.seed))
+        request = reasoning.direct_request(row.sample, desk.config.direct, seed=desk.config.seed)
+        reply = await desk.ask_teacher(request)
+        if isinstance(reply, Reply) and reply.is_truncated:
+            reply = await desk.ask_teacher(changed_retry(request, reply))
         if isinstance(reply, CallFailure):
             return row.quarantined("answers", reply.reason, reply.detail)
         if reply.is_truncated:

@@ -133,6 +133,9 @@ class EndpointGroup:
             call.num_attempts += 1
             try:
                 outcome = await self._attempt(address, call, without)
+                if isinstance(outcome, Trouble) and not outcome.handling.is_answer:
+                    # Before its room goes to another, which a dead engine would take along.
+                    await self.addresses.confirm(address)
             finally:
                 self.addresses.release(address, call.wish)
             if isinstance(outcome, CallFailure):
@@ -245,12 +248,10 @@ class EndpointGroup:
         if self._is_misconfigured(trouble):
             self.addresses.take_out(address, await self._misconfigured(trouble, address))
             return None
-        if not handling.is_answer:
-            await self.addresses.confirm(address)
         if address.generation == generation:
-            call.num_spent += 1
-        elif not handling.is_unsent:
             # While nothing answers at all, waiting is bounded by time; a retry is spent only on an address that lives.
+            call.num_spent += handling.is_answer or address.state is State.UP
+        elif not handling.is_unsent:
             call.num_deaths += 1
             if call.wish.is_alone:
                 detail = f"{call.num_deaths} engines died while it was there, the last time it alone: {trouble.detail}"

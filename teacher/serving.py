@@ -499,13 +499,13 @@ def _wait_until_gone(pid_path: Path, recorded: _PidFile | None, timeout_seconds:
 
 
 def _members(pid_path: Path, recorded: _PidFile | None) -> list[int]:
-    """Returns the living processes of a pid file's server: those that carry its mark. Without /proc, its launcher."""
+    """Returns the living processes of a pid file's server: the one it names, and those that carry its mark."""
     for pid, child in list(_children.items()):
         if child.poll() is not None:
             _children.pop(pid, None)
-    if Path("/proc/self/stat").exists():
-        return launcher.marked(_mark(pid_path))
-    return [recorded.pid] if recorded is not None and _is_running(recorded) else []
+    named = [recorded.pid] if recorded is not None and _is_running(recorded) else []
+    marked = launcher.marked(_mark(pid_path)) if Path("/proc/self/stat").exists() else []
+    return list(dict.fromkeys([*named, *marked]))
 
 
 def _send(pid: int, number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from flows.labelling import Desk, label_difficulty, label_performance, label_reasoning, label_route
+from flows.labelling import Desk, label_answer, label_difficulty, label_performance, label_reasoning, label_route
 from flows.work_rows import WorkRow
 from judges.answers import VerifierPool
 from judges.prompts import prompt
@@ -266,3 +266,27 @@ def test_consistency_that_is_unreadable_twice_fails_the_trace(verifiers: Verifie
     fate = asyncio.run(label_reasoning(thinking, ScriptedDesk(consistency_script("?", "!"), verifiers).desk))
     assert isinstance(fate, Fate)
     assert (fate.exit, fate.reason) == (Exit.DROPPED, "consistency_unreadable")
+
+
+DIRECT = WorkRow(OPEN, Decision(Mode.DIRECT, Heuristic.DIFFICULTY, probability=0.1))
+
+
+def test_a_direct_answer_that_is_cut_is_asked_for_once_more_with_more_room(verifiers: VerifierPool) -> None:
+    scripted = ScriptedDesk(in_turn(CUT, "The tree takes back their sugar."), verifiers)
+    row = asyncio.run(label_answer(DIRECT, scripted.desk))
+    assert isinstance(row, WorkRow) and row.answer == "The tree takes back their sugar."
+    [[first], [second]] = scripted.calls
+    assert second.sampling.max_tokens == 2 * first.sampling.max_tokens
+
+
+def test_a_direct_answer_that_is_cut_twice_drops_the_row(verifiers: VerifierPool) -> None:
+    fate = asyncio.run(label_answer(DIRECT, ScriptedDesk(in_turn(CUT, CUT), verifiers).desk))
+    assert isinstance(fate, Fate) and (fate.exit, fate.reason) == (Exit.DROPPED, "answer_truncated")
+
+
+@pytest.mark.parametrize("reason", ["teacher_rejected", "teacher_crashed"])
+def test_a_question_that_every_sample_would_fail_is_given_up_at_the_first(reason: str, verifiers: VerifierPool) -> None:
+    scripted = ScriptedDesk(lambda request: CallFailure(reason, "again"), verifiers, waves=[1, 1, 2, 4])
+    fate = labelled(SUM, scripted)
+    assert isinstance(fate, Fate) and (fate.exit, fate.reason) == (Exit.QUARANTINED, reason)
+    assert scripted.sizes == [1]
