@@ -30,8 +30,8 @@ Ask = Callable[[TeacherRequest], Awaitable[Reply | CallFailure]]
 AskSamples = Callable[[Sequence[TeacherRequest]], Awaitable[list[Reply | CallFailure]]]
 _Reading = TypeVar("_Reading")
 HOPELESS = frozenset({"teacher_rejected", "teacher_crashed"})
-"""Failures that no further sample heals: the endpoint refuses this very question (too long, an image it cannot take),
-or its engine dies of it, as it would of every further sample."""
+"""Failures that no further sample heals: the endpoint refuses this very request (too long, an image it cannot take), or
+its engine dies of it, and would die again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,22 +158,23 @@ def _unlabelled(row: WorkRow, verdicts: list[Verdict], failure: CallFailure | No
 
 
 async def label_reasoning(row: WorkRow, desk: Desk) -> WorkRow | Fate:
-    """Chains of thought for thinking rows: several tries, each checked; a row whose every try fails is dropped."""
+    """Chains of thought for thinking rows: several tries, each checked; a row whose every try fails is dropped.
+
+    If a call failed, it is quarantined instead: with that reply there might be a trace, so nothing is decided.
+    """
     if row.decision is None or row.decision.mode is not Mode.THINK:
         return row
     settings = desk.config.reasoning
-    problems: list[TraceProblem] = []
-    num_unanswered = 0
+    problems: list[TraceProblem | CallFailure] = []
     for index in range(settings.num_tries):
         reply = await desk.ask_reasoner(reasoning.reasoning_request(row.sample, index, settings, seed=desk.config.seed))
         if isinstance(reply, CallFailure):
-            problems.append(TraceProblem(reply.reason, reply.detail))
-            num_unanswered += 1
+            problems.append(reply)
             if reply.reason in HOPELESS:
                 break
             continue
         trace = reasoning.read_trace(reply)
-        problem = trace_problem(
+        problem: TraceProblem | CallFailure | None = trace_problem(
             trace.reasoning,
             trace.answer,
             is_truncated=reply.is_truncated,
@@ -186,13 +187,16 @@ async def label_reasoning(row: WorkRow, desk: Desk) -> WorkRow | Fate:
             return replace(row, reasoning=trace.reasoning, answer=row.sample.answer if is_checkable else trace.answer)
         problems.append(problem)
     detail = f"{len(problems)} tries failed: " + "; ".join(f"{p.reason}: {p.detail}" for p in problems)
-    if num_unanswered == len(problems):
-        return row.quarantined("reasoning", problems[-1].reason, detail)
+    failures = [problem for problem in problems if isinstance(problem, CallFailure)]
+    if failures:
+        return row.quarantined("reasoning", failures[-1].reason, detail)
     return row.dropped("reasoning", problems[-1].reason, detail)
 
 
-async def _inconsistency(trace: Completion, reply: Reply, row: WorkRow, desk: Desk) -> TraceProblem | None:
-    """Returns why a trace does not agree with its answer, or None if it does."""
+async def _inconsistency(
+    trace: Completion, reply: Reply, row: WorkRow, desk: Desk
+) -> TraceProblem | CallFailure | None:
+    """Returns why a trace does not agree with its answer, or None if it does; the failure if that cannot be asked."""
     if row.sample.kind is Kind.OBJECTIVE:
         verdict = await desk.verifiers.verify_async(trace.answer, row.sample, is_truncated=reply.is_truncated)
         if verdict.is_correct:
@@ -208,7 +212,8 @@ async def _inconsistency(trace: Completion, reply: Reply, row: WorkRow, desk: De
     request = reasoning.consistency_request(row.sample, trace)
     agrees = await _ask_readably(desk.ask_teacher, request, reasoning.is_consistent)
     if isinstance(agrees, CallFailure):
-        return TraceProblem(agrees.reason, agrees.detail)
+        is_unreadable = agrees.reason == f"{request.purpose}_unreadable"
+        return TraceProblem(agrees.reason, agrees.detail) if is_unreadable else agrees
     return None if agrees else TraceProblem("trace_inconsistent", f"judged against the answer {trace.answer[:80]!r}")
 
 

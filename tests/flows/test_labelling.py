@@ -290,3 +290,11 @@ def test_a_question_that_every_sample_would_fail_is_given_up_at_the_first(reason
     fate = labelled(SUM, scripted)
     assert isinstance(fate, Fate) and (fate.exit, fate.reason) == (Exit.QUARANTINED, reason)
     assert scripted.sizes == [1]
+
+
+def test_a_row_some_of_whose_tries_got_no_reply_is_quarantined_and_not_dropped(verifiers: VerifierPool) -> None:
+    thinking = WorkRow(SUM, Decision(Mode.THINK, Heuristic.PERFORMANCE, 0, 8, 8))
+    fate = asyncio.run(label_reasoning(thinking, ScriptedDesk(in_turn("hm", TIMED_OUT, "hm", "hm"), verifiers).desk))
+    assert isinstance(fate, Fate) and (fate.exit, fate.reason) == (Exit.QUARANTINED, "teacher_timeout")
+    dropped = asyncio.run(label_reasoning(thinking, ScriptedDesk(in_turn("hm", "hm", "hm", "hm"), verifiers).desk))
+    assert isinstance(dropped, Fate) and dropped.exit is Exit.DROPPED
