@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 
 from corpus.storage import file_sha256, storage_errors, sync, write_text
 from corpus.writer import ShardInfo, shard_path, write_corpus_shard
-from schemas.errors import CorpusError, RowError
+from schemas.errors import ConfigError, CorpusError, RowError
 from schemas.fates import StageCount
 from schemas.verdicts import Mode
 
@@ -109,6 +109,18 @@ def latest_version(folder: str | Path) -> Path | None:
     """Returns the newest complete version of a corpus folder, or None."""
     versions = list_versions(folder)
     return versions[-1] if versions else None
+
+
+def find_version(corpus: str | Path) -> Path:
+    """Returns the folder of the newest version in a corpus folder, or the folder itself if it is a version.
+
+    Raises ConfigError: there is no finished version.
+    """
+    folder = Path(corpus)
+    version = folder if (folder / MANIFEST).is_file() else latest_version(folder)
+    if version is None:
+        raise ConfigError(f"there is no finished corpus version in {folder}: run `bimode curate` first")
+    return version.resolve()
 
 
 def next_version_name(folder: str | Path) -> str:

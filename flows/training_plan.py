@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from corpus.storage import read_json, storage_errors, write_text
-from corpus.versions import MANIFEST, Manifest, latest_version, load_manifest
+from corpus.versions import Manifest, find_version, load_manifest
 from flows.stack import project_folder
 from flows.supervisor import MARK
 from flows.training_process import Program
@@ -158,17 +158,6 @@ def plan_training(
                 f"{step.program} has not finished on corpus {manifest.version} ({step.folder}): run it first"
             )
     return TrainingPlan(config, version, manifest, steps, selected, _last_trained(Path(config.output)))
-
-
-def find_version(corpus: Path) -> Path:
-    """Returns the folder of the newest version in a corpus folder, or the folder itself if it is a version.
-
-    Raises ConfigError: there is no finished version.
-    """
-    version = corpus if (corpus / MANIFEST).is_file() else latest_version(corpus)
-    if version is None:
-        raise ConfigError(f"there is no finished corpus version in {corpus}: run `bimode curate` first")
-    return version.resolve()
 
 
 def _steps(config: TrainingConfig, version: Path, manifest: Manifest) -> Iterator[Step]:
