@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from corpus.report import TOPIC_NAMES, percent, plain_text, whole
 from corpus.tally import CorpusTally
+from corpus.versions import VersionChange
 from corpus.writer import ShardInfo, corpus_features
 from schemas.fates import StageCount
 from schemas.template import render_completion
@@ -30,6 +31,8 @@ _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "
 _LARGER_SIZES = ((10**8, "10M<n<100M"), (10**9, "100M<n<1B"))
 _MARKUP = re.compile(r"([\\`*_\[\]<>|&#~])")
 _NAME_CHARACTERS = 120
+_LOGGED_VERSIONS = 30
+"""Lines of the change log that the card shows; the manifest has them all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,7 @@ class CardInputs:
 
     licence: as configured. recipe: digest. teacher, reasoner: model names, "" where none. sizes: by mode. `datasets`
     keeps what it loaded under a key of the card and the folder's name alone, and without sizes would go on giving out
-    the version that `latest` meant yesterday.
+    the version that `latest` meant yesterday. history: the change log, oldest first, this version last.
     """
 
     name: str
@@ -71,6 +74,7 @@ class CardInputs:
     stages: Mapping[str, StageCount]
     tally: CorpusTally
     sizes: Mapping[str, ModeSize]
+    history: Sequence[VersionChange] = ()
 
 
 def build_card(inputs: CardInputs) -> str:
@@ -86,6 +90,8 @@ def build_card(inputs: CardInputs) -> str:
         rows_in=next((count.num_in for count in inputs.stages.values()), 0),
         dropped=sum(count.num_dropped for count in inputs.stages.values()),
         quarantined=sum(count.num_quarantined for count in inputs.stages.values()),
+        changes=list(reversed(inputs.history))[:_LOGGED_VERSIONS],
+        num_earlier=max(0, len(inputs.history) - _LOGGED_VERSIONS),
         think_example=render_completion("7", "The red cell shows 3 and the blue one 4. 3 + 4 = 7."),
         direct_example=render_completion("7"),
     )

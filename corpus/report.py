@@ -102,7 +102,7 @@ class ReportInputs:
     if any were given. costs: of every stored reply that the rows asked for, whoever paid. paid: by the run that makes
     this report. rows, fates: those shown (`pick_rows`, `pick_fates`).
     audit: rows by (num_right, num_scored) of the whole audit slice, if the caller kept it; by default those of the
-    corpus, which miss the rows dropped after labelling.
+    corpus, which miss the rows dropped after labelling. num_marked: published rows that this run did not have.
     """
 
     name: str
@@ -121,6 +121,7 @@ class ReportInputs:
     rows: Sequence[ShownRow] = ()
     fates: Sequence[ShownFate] = ()
     audit: Mapping[tuple[int, int], int] | None = None
+    num_marked: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,8 +304,9 @@ def _check_conservation(inputs: ReportInputs) -> None:
     num_in = _rows_in(inputs.stages)
     num_left = sum(count.num_dropped + count.num_quarantined for count in inputs.stages.values())
     num_rows = inputs.tally.rows.total
-    assert num_in == num_rows + num_left, (
-        f"the run lost rows: {num_in} read, {num_rows} in the corpus + {num_left} dropped or quarantined"
+    assert num_in + inputs.num_marked == num_rows + num_left, (
+        f"the run lost rows: {num_in} read and {inputs.num_marked} published earlier, {num_rows} in the corpus "
+        f"+ {num_left} dropped or quarantined"
     )
 
 

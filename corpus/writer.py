@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List
 
-from corpus.storage import file_sha256, replacing
+from corpus.storage import file_sha256, replacing, storage_errors
 from schemas.errors import RowError, StorageError
 from schemas.fates import FATE_SCHEMA, Exit, Fate, fates_to_table
 from schemas.question import OPTION_LETTERS, render_question
@@ -52,6 +52,7 @@ class ShardInfo:
     """One written Parquet file.
 
     path: as given to the writer; in a manifest, relative to the version's folder. sha256, num_bytes: of the file.
+    since: name of the version that it was written for, "" outside a manifest.
     fates: rows that could not be written, quarantined with their reasons; they are not in a manifest, and the caller
     adds them to the fates and counts of the stage "corpus".
     """
@@ -62,6 +63,7 @@ class ShardInfo:
     sha256: str
     num_bytes: int
     fates: tuple[Fate, ...] = ()
+    since: str = ""
 
     @property
     def num_rows(self) -> int:
@@ -162,17 +164,20 @@ def write_shards(
     shard_rows: int,
     read_image: Callable[[str], bytes],
     recipe: str,
+    first: Callable[[Mode], int] = lambda mode: 0,
 ) -> list[ShardInfo]:
     """Splits a stream of rows by mode into shards of at most `shard_rows` and returns them in order of path.
 
-    The rows held at once are at most two shards, without their images. Raises StorageError as `write_corpus_shard`.
+    first: number of the first shard of a mode. The rows held at once are at most two shards, without their images.
+
+    Raises StorageError as `write_corpus_shard`.
     """
     waiting: dict[Mode, list[LabelledSample]] = {mode: [] for mode in Mode}
     num_shards: Counter[Mode] = Counter()
     shards: list[ShardInfo] = []
 
     def write(mode: Mode) -> None:
-        path = shard_path(version_folder, mode, num_shards[mode])
+        path = shard_path(version_folder, mode, first(mode) + num_shards[mode])
         shards.append(write_corpus_shard(waiting[mode], path, read_image=read_image, recipe=recipe))
         num_shards[mode] += 1
         waiting[mode] = []
@@ -186,6 +191,12 @@ def write_shards(
         if waiting[mode]:
             write(mode)
     return sorted(shards, key=lambda shard: shard.path)
+
+
+def read_ids(path: Path) -> pa.ChunkedArray:
+    """Returns the ids of a shard's rows. Raises StorageError."""
+    with storage_errors(path, "read"), pq.ParquetFile(path) as file:
+        return file.read(["id"])["id"]
 
 
 def write_fates(fates: Iterable[Fate], path: str | Path) -> int:

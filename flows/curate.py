@@ -30,6 +30,7 @@ from prefect.utilities.annotations import quote
 from flows import publishing, removing, stages
 from flows.accounting import Pace, duration, paid_line, progress_line, stage_total
 from flows.decontaminating import DECONTAMINATION, Benchmarks
+from flows.moved_replies import fetch_moved
 from flows.publishing import Published
 from flows.removing import RemovalPlan
 from flows.runtime import Runtime
@@ -199,12 +200,23 @@ class Curation:
             return partial(self._plan_traces, before)
 
         def plan(progress: Progress) -> Work:
+            if stage in stages.LABELLING:
+                fetch_moved(self.runtime.workspace, stage, self._undone(stage, before))
             return {
                 marker.shard: lambda marker=marker: self._row_by_row(stage, marker, progress)  # type: ignore[misc]
                 for marker in self.markers[before]
             }
 
         return plan
+
+    def _undone(self, stage: str, before: str) -> list[Marker]:
+        """Returns the markers of the stage before for the shards that this stage has still to do."""
+        workspace, config = self.runtime.workspace, self.config
+        return [
+            marker
+            for marker in self.markers[before]
+            if workspace.find_marker(stage, marker.shard, stages.stage_digest(stage, config, marker.output)) is None
+        ]
 
     def _row_by_row(self, stage: str, before: Marker, progress: Progress) -> Marker:
         """Runs a stage over one shard in which no row depends on another."""

@@ -1,4 +1,8 @@
-"""The last stage: labelled shards become a version of the corpus, with its card, report and every row's fate."""
+"""The last stage: labelled shards become a version of the corpus, with its card, report and every row's fate.
+
+As long as rows are published by the same rules, a version continues the one before: what is published stays as it is,
+and only rows that are new are written. Other rules (another recipe, other benchmarks) start anew.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +13,35 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
 from corpus.card import CardInputs, build_card, mode_sizes
 from corpus.excerpts import pick_fates, pick_rows
+from corpus.lineage import MARK_SCHEMA, News, find_news, new_marks, read_marks, write_marks
 from corpus.report import BenchmarkLeaks, ReportInputs, build_report, summary_table
 from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
-from corpus.versions import Committed, begin_version, commit_version, next_version_name
-from corpus.writer import STAGE, ShardInfo, write_fates, write_shards
+from corpus.versions import (
+    CARD,
+    FATES,
+    FIGURES,
+    MARKS,
+    REPORT,
+    Base,
+    Committed,
+    VersionChange,
+    begin_version,
+    commit_version,
+    discard_build,
+    find_base,
+    locked,
+    next_version_name,
+    version_change,
+    version_history,
+)
+from corpus.writer import STAGE, ShardInfo, read_ids, write_fates, write_shards
 from flows.accounting import paid_line
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.runtime import Runtime
@@ -30,9 +56,6 @@ from schemas.usage import Ledger, Usage, cost_of, merged_ledgers, total_usage
 from schemas.verdicts import Mode
 
 LAST_STAGE = STAGES[-1]
-FATES_FILE = "fates.parquet"
-REPORT_PAGE = "report.html"
-REPORT_FIGURES = "report.json"
 RUN_FILE = "last_run.json"
 """In the work folder: what the last finished run made, for the command line."""
 
@@ -47,20 +70,23 @@ class Ledgers:
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """A finished curation. paid: by this run. paid_line: the same in words, with its cost."""
+    """A finished curation. changes: what the version changed, whichever run made it. paid: by this run. paid_line: the
+    same in words, with its cost.
+    """
 
     folder: Path
     version: str
     num_rows: int
     num_think: int
     is_new: bool
+    changes: VersionChange
     paid: Usage
     paid_line: str
     summary: str
 
     @property
     def report(self) -> Path:
-        return self.folder / REPORT_PAGE
+        return self.folder / REPORT
 
     def to_record(self) -> dict[str, Any]:
         return {
@@ -70,6 +96,9 @@ class Published:
             "rows": self.num_rows,
             "think": self.num_think,
             "is_new": self.is_new,
+            "added": self.changes.num_added if self.is_new else 0,
+            "vanished": self.changes.num_vanished if self.is_new else 0,
+            "continues": self.changes.base,
             "new_teacher_calls": self.paid.num_calls,
             "paid": {**self.paid.to_record(), "text": self.paid_line},
         }
@@ -90,41 +119,96 @@ def publish(
     Raises StorageError, CorpusError: nothing is published then.
     """
     config = runtime.config
-    recipe = recipe_digest(config)
-    shards_in = [marker.shard for marker in markers[LAST_STAGE]]
-    inputs = digest_of([marker.output for marker in markers[STAGES[0]]])
-    building = begin_version(corpus_folder(config))
-    shards = write_shards(
-        _labelled(runtime, shards_in),
-        building,
-        shard_rows=config.corpus.shard_rows,
-        read_image=runtime.images.read,
-        recipe=recipe,
-    )
-    unwritable = [fate for shard in shards for fate in shard.fates]
-    write_fates(_all_fates(runtime, markers, unwritable), building / FATES_FILE)
-    counts = stage_counts(markers)
-    num_kept = sum(shard.num_rows for shard in shards)
-    counts[STAGE] = count_stage(num_kept + len(unwritable), num_kept, unwritable)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
     ledgers = Ledgers(
         costs=merged_ledgers(marker.usage for done in markers.values() for marker in done),
         paid=runtime.accounts.paid(),
     )
-    leaks = benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else []
-    digests = {"recipe": recipe, "inputs": inputs}
-    figures = _write_pages(runtime, building, shards, counts, ledgers, leaks, created=created, **digests)
-    committed = commit_version(
-        building, name=config.name, created=created, recipe=recipe, inputs=inputs, shards=shards, counts=counts
-    )
-    published = _published(committed, figures, ledgers.paid, config.prices)
+    with locked(corpus_folder(config)):
+        committed = _make_version(runtime, markers, benchmarks, ledgers)
+    published = _published(committed, ledgers.paid, config.prices)
     write_text(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2))
     return published
 
 
-def _published(committed: Committed, figures: Mapping[str, Any], paid: Ledger, prices: PricesConfig) -> Published:
-    if not committed.is_new:
-        figures = json.loads((committed.folder / REPORT_FIGURES).read_text(encoding="utf-8"))
+def _make_version(
+    runtime: Runtime, markers: Mapping[str, Sequence[Marker]], benchmarks: Benchmarks | None, ledgers: Ledgers
+) -> Committed:
+    """Builds and commits a version, unless it would change nothing. The corpus folder is held."""
+    config, folder = runtime.config, corpus_folder(runtime.config)
+    recipe = recipe_digest(config)
+    inputs = digest_of([marker.output for marker in markers[STAGES[0]]])
+    lineage = digest_of(recipe, benchmarks.digest if benchmarks else "")
+    base = find_base(folder, name=config.name, lineage=lineage)
+    building = begin_version(folder, base)
+    run_shards = [marker.shard for marker in markers[LAST_STAGE]]
+    news = find_news(_published_ids(base), (_ids(runtime, shard) for shard in run_shards))
+    shards = write_shards(
+        _labelled(runtime, run_shards, news.is_new),
+        building,
+        shard_rows=config.corpus.shard_rows,
+        read_image=runtime.images.read,
+        recipe=recipe,
+        first=base.num_shards if base else lambda mode: 0,
+    )
+    unwritable = [fate for shard in shards for fate in shard.fates]
+    write_fates(unwritable, runtime.workspace.fates_path(STAGE, "all"))
+    write_fates(_all_fates(runtime, markers, unwritable), building / FATES)
+    write_marks(_marks(base, news, building), building / MARKS)
+    counts = stage_counts(markers)
+    num_rows = counts[LAST_STAGE].num_kept
+    counts[STAGE] = count_stage(num_rows, num_rows - len(unwritable), unwritable)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    change = version_change(building, shards, base, created=created)
+    if base and not change.is_news and not base.damage:
+        discard_build(building)
+        return Committed(base.folder, base.manifest, is_new=False)
+    _write_pages(
+        runtime,
+        building,
+        [*(base.shards if base else ()), *shards],
+        counts,
+        ledgers,
+        benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else [],
+        history=[*version_history(folder), change],
+        created=created,
+        recipe=recipe,
+        inputs=inputs,
+    )
+    return commit_version(
+        building,
+        name=config.name,
+        created=created,
+        recipe=recipe,
+        inputs=inputs,
+        shards=shards,
+        counts=counts,
+        lineage=lineage,
+        base=base,
+    )
+
+
+def _ids(runtime: Runtime, shard: str) -> pa.ChunkedArray:
+    return runtime.workspace.read_columns(LAST_STAGE, shard, ["id"])["id"]
+
+
+def _published_ids(base: Base | None) -> list[pa.ChunkedArray]:
+    return [read_ids(path) for path in base.shard_paths] if base else []
+
+
+def _marks(base: Base | None, news: News, building: Path) -> pa.Table:
+    """Returns the marks of the version being built: one for each published row that the run does not have."""
+    if base is None:
+        return MARK_SCHEMA.empty_table()
+    ids = pa.chunked_array(
+        [pa.array([], pa.string()), *(chunk for ids in _published_ids(base) for chunk in ids.chunks)]
+    )
+    absent = ids.filter(pa.array(news.absent)).combine_chunks()
+    version = next_version_name(building.parent)
+    return new_marks(absent, before=base.marks, fates=building / FATES, version=version)
+
+
+def _published(committed: Committed, paid: Ledger, prices: PricesConfig) -> Published:
+    figures = json.loads((committed.folder / FIGURES).read_text(encoding="utf-8"))
     manifest = committed.manifest
     usage = total_usage(paid.values())
     return Published(
@@ -133,6 +217,7 @@ def _published(committed: Committed, figures: Mapping[str, Any], paid: Ledger, p
         manifest.num_rows,
         manifest.num_think,
         committed.is_new,
+        manifest.changes,
         usage,
         paid_line(usage, cost_of(paid, prices) if prices.has_any else None),
         summary_table(figures),
@@ -151,10 +236,15 @@ def stage_counts(markers: Mapping[str, Sequence[Marker]]) -> dict[str, StageCoun
     return counts
 
 
-def _labelled(runtime: Runtime, shards: Sequence[str]) -> Iterator[LabelledSample]:
-    config = runtime.config
+def _labelled(runtime: Runtime, shards: Sequence[str], is_new: NDArray[np.bool_]) -> Iterator[LabelledSample]:
+    """Yields the rows of the last stage that are new, in order. is_new: bool [all of its rows]."""
+    config, start = runtime.config, 0
     for shard in shards:
-        for row in work_rows(runtime.workspace.read_rows(LAST_STAGE, shard)):
+        stop = start + len(_ids(runtime, shard))
+        part, start = is_new[start:stop], stop
+        if not part.any():
+            continue
+        for row in work_rows(runtime.workspace.read_rows(LAST_STAGE, shard).filter(pa.array(part))):
             assert row.decision is not None, f"{row.sample.origin} has no decision"
             assert row.answer is not None, f"{row.sample.origin} has no answer"
             wrote_answer = row.sample.kind is Kind.SUBJECTIVE and row.sample.answer is None
@@ -181,11 +271,12 @@ def _write_pages(
     ledgers: Ledgers,
     leaks: Sequence[BenchmarkLeaks],
     *,
+    history: Sequence[VersionChange],
     created: str,
     recipe: str,
     inputs: str,
-) -> dict[str, Any]:
-    """Writes card, report and figures into the version under construction and returns the figures."""
+) -> None:
+    """Writes card, report and figures into the version under construction."""
     config = runtime.config
     tally = tally_corpus(building)
     version = next_version_name(building.parent)
@@ -206,7 +297,8 @@ def _write_pages(
             prices=config.prices,
             benchmarks=leaks,
             rows=pick_rows(building),
-            fates=pick_fates(building / FATES_FILE, read_image=runtime.images.read),
+            fates=pick_fates(building / FATES, read_image=runtime.images.read),
+            num_marked=read_marks(building / MARKS).num_rows,
         )
     )
     card = build_card(
@@ -221,9 +313,9 @@ def _write_pages(
             counts,
             tally,
             mode_sizes(shards),
+            history,
         )
     )
-    write_bytes(building / REPORT_PAGE, page.encode("utf-8", "replace"))
-    write_bytes(building / REPORT_FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
-    write_bytes(building / "README.md", card.encode("utf-8", "replace"))
-    return figures
+    write_bytes(building / REPORT, page.encode("utf-8", "replace"))
+    write_bytes(building / FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
+    write_bytes(building / CARD, card.encode("utf-8", "replace"))

@@ -70,6 +70,31 @@ def scan_replies(folder: str | Path, *, check: bool = True) -> pl.LazyFrame:
     return pl.concat(frames)
 
 
+def scan_rows(folder: str | Path) -> pl.LazyFrame:
+    """Returns which journals hold replies to which rows: columns `sample_id` and `journal` (its path), repeatedly.
+
+    Of compacted journals only one column is read, and no checksum is looked at.
+
+    Raises StorageError: there is no such folder, or it cannot be read.
+    """
+    import polars as pl  # noqa: PLC0415 - as above
+
+    schema = {"sample_id": pl.String(), "journal": pl.String()}
+    frames = [pl.LazyFrame(schema=schema)]
+    journals: dict[str, str] = {}
+    for journal, plan in _read_plans(Path(folder)).items():
+        if plan.compacted is not None and not plan.parts:
+            journals[str(plan.compacted)] = str(journal)
+        elif plan.parts:
+            rows = {record.sample_id: str(journal) for record in read_journal(journal)}
+            frames.append(pl.LazyFrame({"sample_id": list(rows), "journal": list(rows.values())}, schema=schema))
+    if journals:
+        compacted = pl.scan_parquet(list(journals), include_file_paths="file").select("sample_id", "file")
+        names = pl.LazyFrame({"file": list(journals), "journal": list(journals.values())})
+        frames.append(compacted.join(names, on="file").select("sample_id", "journal"))
+    return pl.concat(frames)
+
+
 def _check_compacted(paths: list[Path]) -> None:
     try:
         for path in paths:

@@ -24,9 +24,10 @@ def summary(config: ConfigOption, workdir: WorkdirOption = None, as_json: JsonOp
     """Show where the newest corpus and its report are, and a table of what is in it."""
     prepare_prefect()
     from corpus.report import summary_table  # noqa: PLC0415 - what reads data takes seconds to import
+    from corpus.versions import FIGURES  # noqa: PLC0415
     from flows import stack  # noqa: PLC0415
     from flows.curate import load_run  # noqa: PLC0415
-    from flows.publishing import REPORT_FIGURES, RUN_FILE  # noqa: PLC0415
+    from flows.publishing import RUN_FILE  # noqa: PLC0415
 
     with user_errors():
         settings = load_run(str(config), workdir=workdir)
@@ -37,7 +38,7 @@ def summary(config: ConfigOption, workdir: WorkdirOption = None, as_json: JsonOp
         if as_json:
             print_json(result)
             return
-        figures = json.loads((Path(result["corpus"]) / REPORT_FIGURES).read_text(encoding="utf-8"))
+        figures = json.loads((Path(result["corpus"]) / FIGURES).read_text(encoding="utf-8"))
         print(summary_table(figures))
         print()
         print(result_text(result))

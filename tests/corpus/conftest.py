@@ -20,7 +20,7 @@ from corpus.excerpts import pick_fates, pick_rows
 from corpus.report import ReportInputs, build_report
 from corpus.storage import write_text
 from corpus.tally import tally_corpus
-from corpus.versions import Committed, begin_version, commit_version
+from corpus.versions import Base, Committed, begin_version, commit_version
 from corpus.writer import ShardInfo, write_fates, write_shards
 from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.rows import LabelledSample
@@ -107,7 +107,9 @@ class Built:
     html: str
     figures: dict[str, object]
 
-    def commit(self, created: str = "2026-01-01T00:00:00Z") -> Committed:
+    base: Base | None = None
+
+    def commit(self, created: str = "2026-01-01T00:00:00Z", *, lineage: str = "") -> Committed:
         return commit_version(
             self.building,
             name="tests",
@@ -116,6 +118,8 @@ class Built:
             inputs="inputs-1",
             shards=self.shards,
             counts=self.counts,
+            lineage=lineage,
+            base=self.base,
         )
 
 

@@ -152,7 +152,7 @@ def test_reasons_are_sorted_by_their_rows() -> None:
 
 
 def test_a_run_that_lost_a_row_has_no_report() -> None:
-    with pytest.raises(AssertionError, match="the run lost rows: 10 read, 7 in the corpus"):
+    with pytest.raises(AssertionError, match="the run lost rows: 10 read and 0 published earlier, 7 in the corpus"):
         build_report(inputs(tally=CorpusTally(rows=ModeCount(1, 6))))
     with pytest.raises(AssertionError, match="stage sources lost rows"):
         build_report(inputs(stages={"sources": StageCount(10, 9)}))
