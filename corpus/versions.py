@@ -34,6 +34,7 @@ from corpus.storage import file_sha256, storage_errors, sync, write_text
 from corpus.writer import ShardInfo, shard_path, write_corpus_shard
 from schemas.errors import ConfigError, CorpusError, RowError
 from schemas.fates import StageCount
+from schemas.rows import LABELLED_SCHEMA
 from schemas.verdicts import Mode
 
 MANIFEST = "manifest.json"
@@ -444,7 +445,9 @@ def _relative(building: Path, shard: ShardInfo) -> ShardInfo:
 def _with_both_modes(building: Path, shards: list[ShardInfo]) -> tuple[ShardInfo, ...]:
     for mode in Mode:
         if not any(shard.path.startswith(f"data/{mode}/") for shard in shards):
-            empty = write_corpus_shard([], shard_path(building, mode, 0), read_image=_no_image, recipe="")
+            empty = write_corpus_shard(
+                LABELLED_SCHEMA.empty_table(), shard_path(building, mode, 0), read_image=_no_image, recipe=""
+            )
             shards = [*shards, _relative(building, empty)]
     return tuple(sorted(shards, key=lambda shard: shard.path))
 

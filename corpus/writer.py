@@ -10,20 +10,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features, Image, List
+from numpy.typing import NDArray
 
 from corpus.storage import file_sha256, replacing, storage_errors
 from schemas.errors import RowError, StorageError
 from schemas.fates import FATE_SCHEMA, Exit, Fate, fates_to_table
-from schemas.question import OPTION_LETTERS, render_question
-from schemas.rows import CORPUS_SCHEMA, LabelledSample
-from schemas.samples import Sample
+from schemas.question import OPTION_LETTERS, rendered_question
+from schemas.rows import CORPUS_SCHEMA, LABELLED_SCHEMA
 from schemas.template import CHAT_TEMPLATE, render_completion
 from schemas.verdicts import Mode
 
@@ -45,6 +47,11 @@ CONTROL_TOKENS = frozenset(re.findall(r"<\|\w+\|>", CHAT_TEMPLATE)) | {"<|endoft
 _CODED_COLUMNS = ["mode", "topic", "kind", "answer_type", "heuristic", "teacher", "reasoner", "recipe", "source"]
 _COUNTED_COLUMNS = ["id", *_CODED_COLUMNS, "num_right", "num_scored", "num_sampled", "probability", "is_audit"]
 _FATES_PER_GROUP = 10_000
+_RENDERED_ROWS = 1_000
+"""Rows whose texts are rendered together."""
+_SHARDS_AT_ONCE = 2
+_CONTROL_START = "<|"
+assert all(token.startswith(_CONTROL_START) for token in CONTROL_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,77 +84,28 @@ def corpus_features() -> Features:
     return features
 
 
-def corpus_record(row: LabelledSample, *, read_image: Callable[[str], bytes], recipe: str) -> dict[str, Any]:
-    """Returns the row as one record of `CORPUS_SCHEMA`, its images inside.
-
-    Raises RowError: when the row cannot be a training example: mode and reasoning contradict each other, the answer
-    is empty or holds a think tag, the text holds a control token or is not Unicode, an image is missing, or it is too
-    large. Raises StorageError when the image store cannot be read.
-    """
-    sample, decision = row.sample, row.decision
-    reasoning, answer = row.reasoning.strip(), row.answer.strip()
-    _check_mode(decision.mode, reasoning)
-    if len(sample.choices) > len(OPTION_LETTERS):
-        raise RowError(
-            "too_many_choices", f"{len(sample.choices)} options, at most {len(OPTION_LETTERS)} have a letter"
-        )
-    question = render_question(sample)
-    completion = render_completion(answer, reasoning)
-    _check_text([question, completion, *sample.choices, sample.answer or ""])
-    images = _read_images(sample, read_image)
-    num_bytes = sum(len(image["bytes"]) for image in images) + 4 * (2 * len(question) + 2 * len(completion))
-    if num_bytes > MAX_ROW_BYTES:
-        raise RowError("row_too_large", f"about {num_bytes:,} bytes of images and text, at most {MAX_ROW_BYTES:,} fit")
-    image_parts = [{"type": "image", "text": None}] * len(images)
-    return {
-        "id": sample.id,
-        "mode": str(decision.mode),
-        "prompt": [{"role": "user", "content": [*image_parts, {"type": "text", "text": question}]}],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": completion}]}],
-        "images": images,
-        "question": sample.question,
-        "choices": list(sample.choices),
-        "answer": answer,
-        "reference": sample.answer,
-        "reasoning": reasoning,
-        "topic": sample.topic and str(sample.topic),
-        "kind": sample.kind and str(sample.kind),
-        "answer_type": sample.answer_type and str(sample.answer_type),
-        "heuristic": str(decision.heuristic),
-        "num_right": decision.num_right,
-        "num_scored": decision.num_scored,
-        "num_sampled": decision.num_sampled,
-        "probability": decision.probability,
-        "is_audit": decision.is_audit,
-        "teacher": row.teacher,
-        "reasoner": row.reasoner,
-        "recipe": recipe,
-        "source": sample.source,
-        "source_id": sample.source_id,
-        "origin": sample.origin,
-        "licence": sample.licence,
-    }
-
-
 def write_corpus_shard(
-    rows: Iterable[LabelledSample], path: str | Path, *, read_image: Callable[[str], bytes], recipe: str
+    rows: pa.Table, path: str | Path, *, read_image: Callable[[str], bytes], recipe: str
 ) -> ShardInfo:
-    """Writes the rows, in order, as one Parquet file and returns what was written.
+    """Writes labelled rows, in order, as one Parquet file and returns what was written.
 
-    read_image: from the sha256 of a stored image to its bytes. recipe: digest of the run's configuration, kept on each
-    row. A row that cannot be written is quarantined in the returned `fates`: len(rows) = num_rows + len(fates).
+    rows: with the columns of `LABELLED_SCHEMA`. read_image: from the sha256 of a stored image to its bytes. recipe:
+    digest of the run's configuration, kept on each row. A row that cannot be a training example is quarantined in the
+    returned `fates` (mode and reasoning contradict each other, the answer is empty or holds a think tag, the text holds
+    a control token, an image is missing, it is too large): num_rows + len(fates) rows went in.
 
     Raises StorageError: when the disk or the image store fails; no file is left behind then.
     """
     path = Path(path)
     num_rows: Counter[str] = Counter()
     fates: list[Fate] = []
-    schema = corpus_features().arrow_schema
     with replacing(path) as temporary:
+        schema = corpus_features().arrow_schema
         with _parquet_writer(temporary, schema, coded=_CODED_COLUMNS, counted=_COUNTED_COLUMNS) as writer:
             for group in _row_groups(rows, fates, read_image=read_image, recipe=recipe):
-                num_rows.update(record["mode"] for record in group)
-                writer.write_table(pa.Table.from_pylist(group, schema=schema), row_group_size=len(group))
+                num_rows.update(group["mode"].to_pylist())
+                table = group.replace_schema_metadata(schema.metadata)
+                writer.write_table(table, row_group_size=group.num_rows)
         digest, num_bytes = file_sha256(temporary), temporary.stat().st_size
     return ShardInfo(str(path), num_rows[Mode.THINK], num_rows[Mode.DIRECT], digest, num_bytes, tuple(fates))
 
@@ -158,7 +116,7 @@ def shard_path(version_folder: Path, mode: Mode, index: int) -> Path:
 
 
 def write_shards(
-    rows: Iterable[LabelledSample],
+    tables: Iterable[pa.Table],
     version_folder: Path,
     *,
     shard_rows: int,
@@ -166,30 +124,37 @@ def write_shards(
     recipe: str,
     first: Callable[[Mode], int] = lambda mode: 0,
 ) -> list[ShardInfo]:
-    """Splits a stream of rows by mode into shards of at most `shard_rows` and returns them in order of path.
+    """Splits a stream of labelled rows by mode into shards of at most `shard_rows`; returns them in order of path.
 
-    first: number of the first shard of a mode. The rows held at once are at most two shards, without their images.
+    tables: with the columns of `LABELLED_SCHEMA`. first: number of the first shard of a mode. Two shards are written at
+    a time; the rows held are those of at most four shards and one table, without their images.
 
     Raises StorageError as `write_corpus_shard`.
     """
-    waiting: dict[Mode, list[LabelledSample]] = {mode: [] for mode in Mode}
+    waiting = {mode: LABELLED_SCHEMA.empty_table() for mode in Mode}
     num_shards: Counter[Mode] = Counter()
-    shards: list[ShardInfo] = []
+    written: list[Future[ShardInfo]] = []
 
-    def write(mode: Mode) -> None:
+    def write(mode: Mode, rows: pa.Table) -> None:
+        if len(written) >= _SHARDS_AT_ONCE:
+            written[-_SHARDS_AT_ONCE].result()
         path = shard_path(version_folder, mode, first(mode) + num_shards[mode])
-        shards.append(write_corpus_shard(waiting[mode], path, read_image=read_image, recipe=recipe))
+        written.append(pool.submit(write_corpus_shard, rows, path, read_image=read_image, recipe=recipe))
         num_shards[mode] += 1
-        waiting[mode] = []
 
-    for row in rows:
-        mode = row.decision.mode
-        waiting[mode].append(row)
-        if len(waiting[mode]) == shard_rows:
-            write(mode)
-    for mode in Mode:
-        if waiting[mode]:
-            write(mode)
+    with ThreadPoolExecutor(_SHARDS_AT_ONCE, thread_name_prefix="shard") as pool:
+        for table in tables:
+            for mode in Mode:
+                part = table.filter(pc.equal(table["mode"], str(mode))).select(LABELLED_SCHEMA.names)
+                rows = pa.concat_tables([waiting[mode], part.cast(LABELLED_SCHEMA)])
+                while rows.num_rows >= shard_rows:
+                    write(mode, rows.slice(0, shard_rows))
+                    rows = rows.slice(shard_rows)
+                waiting[mode] = rows
+        for mode in Mode:
+            if waiting[mode].num_rows:
+                write(mode, waiting[mode])
+        shards = [shard.result() for shard in written]
     return sorted(shards, key=lambda shard: shard.path)
 
 
@@ -231,44 +196,169 @@ def _parquet_writer(path: Path, schema: pa.Schema, *, coded: Sequence[str], coun
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What a trainer reads of some rows, in order, and the fates (by place) of those that cannot be written."""
+
+    questions: list[str]
+    reasonings: list[str]
+    answers: list[str]
+    completions: list[str]
+    fates: dict[int, RowError]
+
+
 def _row_groups(
-    rows: Iterable[LabelledSample], fates: list[Fate], *, read_image: Callable[[str], bytes], recipe: str
-) -> Iterator[list[dict[str, Any]]]:
-    """Yields records by row group; appends the fate of each row that cannot be one."""
-    group: list[dict[str, Any]] = []
-    num_bytes = 0
-    for row in rows:
+    rows: pa.Table, fates: list[Fate], *, read_image: Callable[[str], bytes], recipe: str
+) -> Iterator[pa.Table]:
+    """Yields row groups with the columns of `CORPUS_SCHEMA`; appends the fate of each row that cannot be written."""
+    for start in range(0, rows.num_rows, _RENDERED_ROWS):
+        table = rows.slice(start, _RENDERED_ROWS).combine_chunks()
+        texts = _render(table)
+        names = _image_names(table)
+        group: list[int] = []
+        contents: list[list[bytes]] = []
+        num_bytes = 0
+        for place in range(table.num_rows):
+            try:
+                if place in texts.fates:
+                    raise texts.fates[place]
+                images = [_image_content(name, read_image) for name in names[place]]
+                size = sum(map(len, images)) + 8 * (len(texts.questions[place]) + len(texts.completions[place]))
+                if size > MAX_ROW_BYTES:
+                    raise RowError("row_too_large", f"about {size:,} bytes of images and text, {MAX_ROW_BYTES:,} fit")
+            except RowError as error:
+                fates.append(_quarantined(table.slice(place, 1), error))
+                continue
+            group.append(place)
+            contents.append(images)
+            num_bytes += size
+            if len(group) == ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
+                yield _group_table(table, group, texts, contents, recipe)
+                group, contents, num_bytes = [], [], 0
+        if group:
+            yield _group_table(table, group, texts, contents, recipe)
+
+
+def _image_names(table: pa.Table) -> list[list[str]]:
+    """Returns the sha256 of the images of each row."""
+    return [[image["sha256"] for image in images] for images in table["images"].to_pylist()]
+
+
+def _image_content(sha256: str, read_image: Callable[[str], bytes]) -> bytes:
+    """Returns the bytes of an image. Raises RowError: it is not in the store. StorageError: the store fails."""
+    try:
+        content = read_image(sha256)
+    except (KeyError, FileNotFoundError) as error:
+        raise RowError("image_missing", f"image {sha256} is not in the image store") from error
+    except OSError as error:
+        raise StorageError(f"cannot read image {sha256}: {error}") from error
+    if not content:
+        raise RowError("image_missing", f"image {sha256} is empty in the image store")
+    return content
+
+
+def _render(table: pa.Table) -> _Texts:
+    """Returns the texts of rows as a trainer reads them."""
+    columns = {name: table[name].to_pylist() for name in ("mode", "question", "choices", "answer")}
+    reasonings = [(text or "").strip() for text in table["reasoning"].to_pylist()]
+    answers = [(text or "").strip() for text in table["final_answer"].to_pylist()]
+    suspects = _suspects(table)
+    questions, completions, fates = [], [], {}
+    for place, (mode, question, choices, reference) in enumerate(zip(*columns.values(), strict=True)):
+        rendered = completion = ""
         try:
-            record = corpus_record(row, read_image=read_image, recipe=recipe)
+            _check_mode(Mode(mode), reasonings[place])
+            if len(choices) > len(OPTION_LETTERS):
+                detail = f"{len(choices)} options, at most {len(OPTION_LETTERS)} have a letter"
+                raise RowError("too_many_choices", detail)
+            rendered = rendered_question(question, choices)
+            completion = render_completion(answers[place], reasonings[place])
+            if place in suspects:
+                _check_text([rendered, completion, *choices, reference or ""])
         except RowError as error:
-            fates.append(_quarantined(row.sample, error))
-            continue
-        group.append(record)
-        num_bytes += sum(len(image["bytes"]) for image in record["images"])
-        num_bytes += 8 * (len(record["question"]) + len(record["reasoning"]) + len(record["answer"]))
-        if len(group) == ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
-            yield group
-            group, num_bytes = [], 0
-    if group:
-        yield group
+            fates[place] = error
+        questions.append(rendered)
+        completions.append(completion)
+    return _Texts(questions, reasonings, answers, completions, fates)
 
 
-def _quarantined(sample: Sample, error: RowError) -> Fate:
+def _suspects(table: pa.Table) -> set[int]:
+    """Returns the places of rows whose texts may hold a control token: all of those begin alike."""
+    found = pa.array([False] * table.num_rows)
+    for name in ("question", "answer", "reasoning", "final_answer"):
+        found = pc.or_(found, pc.fill_null(pc.match_substring(table[name], _CONTROL_START), False))
+    choices = table["choices"].combine_chunks()
+    held = pc.match_substring(choices.flatten(), _CONTROL_START)
+    in_choices = pc.list_parent_indices(choices).filter(pc.fill_null(held, False))
+    return {*np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist(), *in_choices.to_pylist()}
+
+
+def _group_table(
+    table: pa.Table, places: list[int], texts: _Texts, contents: list[list[bytes]], recipe: str
+) -> pa.Table:
+    """Returns some rows with the columns of `CORPUS_SCHEMA`. contents: the bytes of their images."""
+    rows = table.take(pa.array(places))
+    num_images = np.array([len(images) for images in contents])
+    names = pc.list_flatten(rows["images"].combine_chunks()).field("sha256")
+    made = {
+        "prompt": _messages("user", [texts.questions[place] for place in places], num_images),
+        "completion": _messages("assistant", [texts.completions[place] for place in places], np.zeros_like(num_images)),
+        "images": _images([content for images in contents for content in images], names, num_images),
+        "answer": pa.array([texts.answers[place] for place in places], pa.string()),
+        "reference": rows["answer"],
+        "reasoning": pa.array([texts.reasonings[place] for place in places], pa.string()),
+        "recipe": pa.repeat(pa.scalar(recipe), len(places)),
+    }
+    columns = [made[field.name] if field.name in made else _typed(rows[field.name], field) for field in CORPUS_SCHEMA]
+    return pa.table(columns, schema=CORPUS_SCHEMA)
+
+
+def _typed(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
+    return column if column.type == field.type else column.cast(field.type)
+
+
+def _images(contents: list[bytes], names: pa.Array, num_images: NDArray[np.int64]) -> pa.ListArray:
+    """Returns the images of rows as `datasets` reads them: their bytes, and their sha256 as a path."""
+    kind = CORPUS_SCHEMA.field("images").type
+    images = pa.StructArray.from_arrays([pa.array(contents, pa.binary()), names], fields=list(kind.value_type))
+    return pa.ListArray.from_arrays(_offsets(num_images), images, type=kind)
+
+
+def _messages(role: str, texts: list[str], num_images: NDArray[np.int64]) -> pa.ListArray:
+    """Returns one chat message a row: so many images, then a text."""
+    kind = CORPUS_SCHEMA.field("prompt").type
+    message = kind.value_type
+    parts = message.field("content").type
+    ends = np.cumsum(num_images + 1)
+    is_text = np.zeros(ends[-1], np.bool_)
+    is_text[ends - 1] = True
+    place_of_text = np.where(is_text, np.cumsum(is_text) - 1, 0)
+    types = pa.array(["image", "text"]).take(pa.array(is_text.astype(np.int8)))
+    held = pa.array(texts, pa.string()).take(pa.array(place_of_text, mask=~is_text))
+    content = pa.StructArray.from_arrays([types, held], fields=list(parts.value_type))
+    contents = pa.ListArray.from_arrays(_offsets(num_images + 1), content, type=parts)
+    roles = pa.repeat(pa.scalar(role), len(texts))
+    messages = pa.StructArray.from_arrays([roles, contents], fields=list(message))
+    return pa.ListArray.from_arrays(_offsets(np.ones_like(num_images)), messages, type=kind)
+
+
+def _offsets(lengths: NDArray[np.int64]) -> pa.Array:
+    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+
+
+def _quarantined(row: pa.Table, error: RowError) -> Fate:
+    record = row.select(["origin", "id", "source", "question", "images"]).to_pylist()[0]
     return Fate(
-        origin=sample.origin,
-        id=sample.id,
-        source=sample.source,
+        origin=record["origin"],
+        id=record["id"],
+        source=record["source"],
         stage=STAGE,
         exit=Exit.QUARANTINED,
         reason=error.reason,
-        detail=_as_unicode(error.detail),
-        question=_as_unicode(sample.question[:500]),
-        images=tuple(image.sha256 for image in sample.images),
+        detail=error.detail.encode("utf-8", "replace").decode("utf-8"),
+        question=record["question"][:500],
+        images=tuple(image["sha256"] for image in record["images"]),
     )
-
-
-def _as_unicode(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _check_mode(mode: Mode, reasoning: str) -> None:
@@ -283,22 +373,3 @@ def _check_text(texts: Sequence[str]) -> None:
         found = sorted(token for token in CONTROL_TOKENS if token in text)
         if found:
             raise RowError("control_token_in_text", f"the text holds {found[0]}, which a tokenizer reads as structure")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RowError("text_not_unicode", f"lone surrogate at character {error.start}") from error
-
-
-def _read_images(sample: Sample, read_image: Callable[[str], bytes]) -> list[dict[str, Any]]:
-    images = []
-    for image in sample.images:
-        try:
-            content = read_image(image.sha256)
-        except (KeyError, FileNotFoundError) as error:
-            raise RowError("image_missing", f"image {image.sha256} is not in the image store") from error
-        except OSError as error:
-            raise StorageError(f"cannot read image {image.sha256} of row {sample.id}: {error}") from error
-        if not content:
-            raise RowError("image_missing", f"image {image.sha256} is empty in the image store")
-        images.append({"bytes": content, "path": image.sha256})
-    return images

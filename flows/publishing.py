@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from corpus.card import CardInputs, build_card, mode_sizes
@@ -46,11 +47,9 @@ from flows.accounting import paid_line
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
-from flows.work_rows import work_rows
 from flows.workspace import Marker, digest_of
 from schemas.config import PricesConfig, RunConfig
 from schemas.fates import Exit, Fate, StageCount, count_stage
-from schemas.rows import LabelledSample
 from schemas.samples import Kind
 from schemas.usage import Ledger, Usage, cost_of, merged_ledgers, total_usage
 from schemas.verdicts import Mode
@@ -236,23 +235,22 @@ def stage_counts(markers: Mapping[str, Sequence[Marker]]) -> dict[str, StageCoun
     return counts
 
 
-def _labelled(runtime: Runtime, shards: Sequence[str], is_new: NDArray[np.bool_]) -> Iterator[LabelledSample]:
-    """Yields the rows of the last stage that are new, in order. is_new: bool [all of its rows]."""
+def _labelled(runtime: Runtime, shards: Sequence[str], is_new: NDArray[np.bool_]) -> Iterator[pa.Table]:
+    """Yields the rows of the last stage that are new, in order, with `LABELLED_SCHEMA`. is_new: bool [all its rows]."""
     config, start = runtime.config, 0
     for shard in shards:
         stop = start + len(_ids(runtime, shard))
         part, start = is_new[start:stop], stop
         if not part.any():
             continue
-        for row in work_rows(runtime.workspace.read_rows(LAST_STAGE, shard).filter(pa.array(part))):
-            assert row.decision is not None, f"{row.sample.origin} has no decision"
-            assert row.answer is not None, f"{row.sample.origin} has no answer"
-            wrote_answer = row.sample.kind is Kind.SUBJECTIVE and row.sample.answer is None
-            has_trace = row.decision.mode is Mode.THINK
-            reasoner = config.reasoner_endpoint.model if has_trace else config.teacher.model if wrote_answer else ""
-            yield LabelledSample(
-                row.sample, row.decision, row.reasoning or "", row.answer, config.teacher.model, reasoner
-            )
+        rows = runtime.workspace.read_rows(LAST_STAGE, shard).filter(pa.array(part))
+        for column, stage in (("mode", "decision"), ("final_answer", "answer")):
+            assert rows[column].null_count == 0, f"a row of {shard} has no {stage}"
+        has_trace = pc.equal(rows["mode"], str(Mode.THINK))
+        is_open = pc.and_(pc.equal(rows["kind"], str(Kind.SUBJECTIVE)), pc.is_null(rows["answer"]))
+        writer = pc.if_else(has_trace, config.reasoner_endpoint.model, pc.if_else(is_open, config.teacher.model, ""))
+        teacher = pa.repeat(pa.scalar(config.teacher.model), rows.num_rows)
+        yield rows.append_column("teacher", teacher).append_column("reasoner", writer)
 
 
 def _all_fates(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], unwritable: Sequence[Fate]) -> Iterator[Fate]:

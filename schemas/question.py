@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from schemas.samples import Sample
 
 OPTION_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -13,7 +15,12 @@ def render_question(sample: Sample) -> str:
     Options that are nothing but their own letters ("A", "B", ... as in questions whose options are drawn in the
     image) are not repeated.
     """
-    if not sample.choices or list(sample.choices) == list(OPTION_LETTERS[: len(sample.choices)]):
-        return sample.question
-    options = (f"{OPTION_LETTERS[i]}. {choice}" for i, choice in enumerate(sample.choices))
-    return "\n".join([sample.question, *options])
+    return rendered_question(sample.question, sample.choices)
+
+
+def rendered_question(question: str, choices: Sequence[str]) -> str:
+    """Does what `render_question` does, from the parts of a sample."""
+    if not choices or list(choices) == list(OPTION_LETTERS[: len(choices)]):
+        return question
+    options = (f"{OPTION_LETTERS[i]}. {choice}" for i, choice in enumerate(choices))
+    return "\n".join([question, *options])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
 
-from schemas.samples import Sample
+from schemas.samples import SAMPLE_SCHEMA, Sample, sample_to_record
 from schemas.verdicts import Decision
 
 
@@ -25,6 +26,47 @@ class LabelledSample:
     answer: str
     teacher: str = ""
     reasoner: str = ""
+
+
+LABELLED_SCHEMA = pa.schema(
+    [
+        *SAMPLE_SCHEMA,
+        ("mode", pa.string()),
+        ("heuristic", pa.string()),
+        ("num_right", pa.int32()),
+        ("num_scored", pa.int32()),
+        ("num_sampled", pa.int32()),
+        ("probability", pa.float64()),
+        ("is_audit", pa.bool_()),
+        ("reasoning", pa.string()),
+        ("final_answer", pa.string()),
+        ("teacher", pa.string()),
+        ("reasoner", pa.string()),
+    ]
+)
+"""Columns of labelled samples in a table: what a corpus shard is written from. `answer` is the sample's reference."""
+
+
+def labelled_table(rows: Iterable[LabelledSample]) -> pa.Table:
+    """Returns labelled samples as a table with `LABELLED_SCHEMA`, in order."""
+    records = [
+        {
+            **sample_to_record(row.sample),
+            "mode": str(row.decision.mode),
+            "heuristic": str(row.decision.heuristic),
+            "num_right": row.decision.num_right,
+            "num_scored": row.decision.num_scored,
+            "num_sampled": row.decision.num_sampled,
+            "probability": row.decision.probability,
+            "is_audit": row.decision.is_audit,
+            "reasoning": row.reasoning,
+            "final_answer": row.answer,
+            "teacher": row.teacher,
+            "reasoner": row.reasoner,
+        }
+        for row in rows
+    ]
+    return pa.Table.from_pylist(records, schema=LABELLED_SCHEMA)
 
 
 _MESSAGES = pa.list_(

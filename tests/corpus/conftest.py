@@ -23,7 +23,7 @@ from corpus.tally import tally_corpus
 from corpus.versions import Base, Committed, begin_version, commit_version
 from corpus.writer import ShardInfo, write_fates, write_shards
 from schemas.fates import Exit, Fate, StageCount, count_stage
-from schemas.rows import LabelledSample
+from schemas.rows import LabelledSample, labelled_table
 from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic
 from schemas.usage import Usage, UsageKey
 from schemas.verdicts import Decision, Heuristic, Mode
@@ -134,7 +134,9 @@ def build(
 ) -> Built:
     """Builds what a version holds; a whole one has its real card and report, else stand-ins save time."""
     building = begin_version(folder)
-    shards = write_shards(rows, building, shard_rows=shard_rows, read_image=world.read_image, recipe=RECIPE)
+    shards = write_shards(
+        [labelled_table(rows)], building, shard_rows=shard_rows, read_image=world.read_image, recipe=RECIPE
+    )
     left = [*fates, *(fate for shard in shards for fate in shard.fates)]
     write_fates(left, building / "fates.parquet")
     num_read = len(rows) + len(fates)

@@ -14,10 +14,17 @@ from PIL import Image
 from corpus.excerpts import IMAGE_BYTES, evidence_sentence, pick_fates, pick_rows, thumbnail
 from corpus.writer import write_fates, write_shards
 from schemas.errors import CorpusError, StorageError
+from schemas.rows import labelled_table
 
 
 def shown(world: Any, folder: Path, *, think: int, direct: int) -> list[str]:
-    write_shards(world.rows(think=think, direct=direct), folder, shard_rows=7, read_image=world.read_image, recipe="r")
+    write_shards(
+        [labelled_table(world.rows(think=think, direct=direct))],
+        folder,
+        shard_rows=7,
+        read_image=world.read_image,
+        recipe="r",
+    )
     return [row.mode for row in pick_rows(folder)]
 
 
@@ -41,13 +48,15 @@ def test_both_modes_are_shown_and_one_makes_room_for_the_other(
 def test_the_same_rows_are_picked_however_they_are_sharded(world: Any, tmp_path: Path) -> None:
     rows = world.rows(think=25, direct=25)
     for name, shard_rows, order in (("a", 4, rows), ("b", 50, rows[::-1])):
-        write_shards(order, tmp_path / name, shard_rows=shard_rows, read_image=world.read_image, recipe="r")
+        write_shards(
+            [labelled_table(order)], tmp_path / name, shard_rows=shard_rows, read_image=world.read_image, recipe="r"
+        )
     assert pick_rows(tmp_path / "a") == pick_rows(tmp_path / "b")
 
 
 def test_a_shown_row_has_its_texts_its_evidence_and_its_first_images(world: Any, tmp_path: Path) -> None:
     row = world.row(1, colours=("red", "blue", "lime", "white"), choices=("6", "7"), answer="B")
-    write_shards([row], tmp_path, shard_rows=7, read_image=world.read_image, recipe="r")
+    write_shards([labelled_table([row])], tmp_path, shard_rows=7, read_image=world.read_image, recipe="r")
     (shown_row,) = pick_rows(tmp_path)
     assert (shown_row.question, shown_row.choices, shown_row.answer) == (row.sample.question, ("6", "7"), "B")
     assert shown_row.evidence == "Performance heuristic: 1 of 8 scored answers right; 8 drawn."

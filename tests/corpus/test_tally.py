@@ -10,12 +10,13 @@ import pytest
 from corpus.tally import NOT_GIVEN, CorpusTally, ModeCount, SourceLicence, bin_labels, tally_corpus, trace_lengths
 from corpus.writer import write_shards
 from schemas.errors import CorpusError
+from schemas.rows import labelled_table
 from schemas.samples import Topic
 from schemas.verdicts import Decision, Heuristic, Mode
 
 
 def tally(world: Any, rows: list[Any], folder: Path) -> CorpusTally:
-    write_shards(rows, folder, shard_rows=2, read_image=world.read_image, recipe="r")
+    write_shards([labelled_table(rows)], folder, shard_rows=2, read_image=world.read_image, recipe="r")
     return tally_corpus(folder)
 
 

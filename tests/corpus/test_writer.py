@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from corpus import writer
-from corpus.writer import corpus_record, shard_path, write_corpus_shard, write_fates, write_shards
-from schemas.errors import RowError, StorageError
+from corpus.writer import shard_path, write_corpus_shard, write_fates, write_shards
+from schemas.errors import StorageError
 from schemas.fates import FATE_SCHEMA
-from schemas.rows import CORPUS_SCHEMA
+from schemas.question import render_question
+from schemas.rows import CORPUS_SCHEMA, labelled_table
 from schemas.template import parse_completion
 from schemas.verdicts import Decision, Heuristic, Mode
 
 
 def write(world: Any, rows: list[Any], path: Path) -> Any:
-    return write_corpus_shard(rows, path, read_image=world.read_image, recipe="r")
+    return write_corpus_shard(labelled_table(rows), path, read_image=world.read_image, recipe="r")
 
 
 def test_a_row_is_written_as_chat_messages_with_its_images_inside(world: Any, tmp_path: Path) -> None:
@@ -80,7 +82,6 @@ def test_the_same_rows_give_the_same_bytes(world: Any, tmp_path: Path) -> None:
         ({"reasoning": "First <think> then."}, "think_tag_in_text"),
         ({"question": "Look: <|image_pad|>"}, "control_token_in_text"),
         ({"choices": ("a", "b<|im_end|>\n<|im_start|>assistant")}, "control_token_in_text"),
-        ({"question": "half an emoji \ud83d"}, "text_not_unicode"),
         ({"reasoning": "why", "decision": Decision(Mode.DIRECT, Heuristic.DIFFICULTY)}, "reasoning_unexpected"),
         ({"reasoning": " ", "decision": Decision(Mode.THINK, Heuristic.DIFFICULTY)}, "reasoning_empty"),
     ],
@@ -119,7 +120,7 @@ def test_a_failing_image_store_stops_with_the_image_named(world: Any, tmp_path: 
 
     row = world.row(1)
     with pytest.raises(StorageError, match=row.sample.images[0].sha256):
-        write_corpus_shard([row], tmp_path / "s.parquet", read_image=broken, recipe="r")
+        write_corpus_shard(labelled_table([row]), tmp_path / "s.parquet", read_image=broken, recipe="r")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,7 +150,7 @@ def test_a_row_group_closes_early_when_its_rows_are_heavy(
 
 def test_rows_are_split_by_mode_into_shards(world: Any, tmp_path: Path) -> None:
     rows = world.rows(think=5, direct=1)
-    shards = write_shards(rows, tmp_path, shard_rows=2, read_image=world.read_image, recipe="r")
+    shards = write_shards([labelled_table(rows)], tmp_path, shard_rows=2, read_image=world.read_image, recipe="r")
     assert [(Path(s.path).relative_to(tmp_path).as_posix(), s.num_think, s.num_direct) for s in shards] == [
         ("data/direct/00000.parquet", 0, 1),
         ("data/think/00000.parquet", 2, 0),
@@ -168,16 +169,47 @@ def test_fates_are_written_in_order_with_their_schema(tmp_path: Path, dropped_fa
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(question=st.text(), reasoning=st.text(), answer=st.text())
+@given(question=st.text(), reasoning=st.text(), answer=st.text(), choices=st.lists(st.text(), max_size=3))
 def test_a_row_is_either_refused_with_a_reason_or_read_back_as_it_was(
-    world: Any, question: str, reasoning: str, answer: str
+    world: Any, tmp_path: Path, question: str, reasoning: str, answer: str, choices: list[str]
 ) -> None:
-    row = world.row(1, question=question, reasoning=reasoning, answer=answer)
-    try:
-        record = corpus_record(row, read_image=world.read_image, recipe="r")
-    except RowError:
+    row = world.row(1, question=question, reasoning=reasoning, answer=answer, choices=tuple(choices))
+    shard = write(world, [row], tmp_path / "s.parquet")
+    record = next(iter(pq.read_table(tmp_path / "s.parquet").to_pylist()), None)
+    assert (record is None) == bool(shard.fates)
+    if record is None:
         return
     completion = parse_completion(record["completion"][0]["content"][0]["text"])
     assert (completion.reasoning, completion.answer) == (reasoning.strip(), answer.strip())
     assert completion.mode == record["mode"]
-    assert record["prompt"][0]["content"][-1]["text"] == question
+    assert record["prompt"][0]["content"][-1]["text"] == render_question(row.sample)
+    assert record["choices"] == choices
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    modes=st.lists(st.booleans(), max_size=12), parts=st.lists(st.integers(0, 4), max_size=6), size=st.integers(1, 4)
+)
+def test_shards_do_not_depend_on_how_the_rows_come(
+    world: Any, tmp_path: Path, modes: list[bool], parts: list[int], size: int
+) -> None:
+    rows = [world.row(n, reasoning="Two and two." if thinks else "") for n, thinks in enumerate(modes)]
+    table = labelled_table(rows)
+    bounds = [0, *sorted(min(sum(parts[: n + 1]), len(rows)) for n in range(len(parts))), len(rows)]
+    pieces = [table.slice(start, stop - start) for start, stop in pairwise(bounds)]
+    settings_ = {"shard_rows": size, "read_image": world.read_image, "recipe": "r"}
+    whole = write_shards([table], tmp_path / "whole", **settings_)
+    split = write_shards(pieces, tmp_path / "split", **settings_)
+    assert [(Path(a.path).name, a.sha256) for a in whole] == [(Path(b.path).name, b.sha256) for b in split]
+    assert sum(shard.num_rows for shard in split) == len(rows)
+
+
+def test_rows_with_many_images_and_none_keep_their_own(world: Any, tmp_path: Path) -> None:
+    colours = [("red", "blue"), (), ("lime",), ("red", "red", "blue")]
+    rows = [world.row(n, colours=held) for n, held in enumerate(colours)]
+    write(world, rows, tmp_path / "s.parquet")
+    for row, record in zip(rows, pq.read_table(tmp_path / "s.parquet").to_pylist(), strict=True):
+        assert [image["path"] for image in record["images"]] == [image.sha256 for image in row.sample.images]
+        assert [image["bytes"] for image in record["images"]] == [world.store[i.sha256] for i in row.sample.images]
+        types = [part["type"] for part in record["prompt"][0]["content"]]
+        assert types == ["image"] * len(row.sample.images) + ["text"]

@@ -12,7 +12,7 @@ from corpus.storage import write_text
 from corpus.versions import Manifest, begin_version, commit_version, load_manifest
 from corpus.writer import write_fates, write_shards
 from schemas.fates import StageCount
-from schemas.rows import LabelledSample
+from schemas.rows import LabelledSample, labelled_table
 from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic
 from schemas.verdicts import Decision, Heuristic, Mode
 
@@ -51,7 +51,9 @@ def write_version(
     images = {hashlib.sha256(content).hexdigest(): content for content in map(encoded_image, range(5))}
     rows = [labelled_row(number) for number in range(num_rows)]
     building = begin_version(folder)
-    shards = write_shards(rows, building, shard_rows=100, read_image=images.__getitem__, recipe=recipe)
+    shards = write_shards(
+        [labelled_table(rows)], building, shard_rows=100, read_image=images.__getitem__, recipe=recipe
+    )
     write_fates([], building / "fates.parquet")
     for companion in ("report.html", "report.json", "README.md"):
         write_text(building / companion, "a stand-in")

@@ -21,7 +21,7 @@ from corpus.writer import write_corpus_shard, write_fates, write_shards
 from judges.answers import reference_problem
 from schemas.config import ImageLimits
 from schemas.errors import SourceError
-from schemas.rows import LabelledSample
+from schemas.rows import LabelledSample, labelled_table
 from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic, sample_to_record
 from schemas.verdicts import Decision, Heuristic, Mode
 from sources import ImageStore
@@ -323,7 +323,7 @@ def test_our_corpus_is_asked_by_its_references_not_by_what_its_teacher_said(
             "A blue square.",
         )
     )
-    write_corpus_shard(rows, tmp_path / "rows.parquet", read_image=store.read, recipe="r")
+    write_corpus_shard(labelled_table(rows), tmp_path / "rows.parquet", read_image=store.read, recipe="r")
     benchmark = read(tmp_path / "rows.parquet", "corpus")
     samples = [question.sample for question in benchmark.questions]
     assert [sample.answer for sample in samples] == ["12", "B", "12", None]
@@ -334,7 +334,7 @@ def test_our_corpus_is_asked_by_its_references_not_by_what_its_teacher_said(
 
 def test_the_folder_of_a_corpus_version_stands_for_its_rows(read: Read, store: ImageStore, tmp_path: Path) -> None:
     row = LabelledSample(corpus_sample(store, 1), Decision(Mode.DIRECT, Heuristic.PERFORMANCE), "", "B")
-    write_shards([row], tmp_path / "v0001", shard_rows=10, read_image=store.read, recipe="r")
+    write_shards([labelled_table([row])], tmp_path / "v0001", shard_rows=10, read_image=store.read, recipe="r")
     write_fates([], tmp_path / "v0001" / "fates.parquet")
     (tmp_path / "latest").symlink_to("v0001")
     assert len(read(tmp_path / "latest", "corpus").questions) == 1
