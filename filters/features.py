@@ -23,7 +23,7 @@ from filters.text_columns import read_texts
 from filters.word_table import WordTable
 
 _MAX_PIXELS, _MAX_LENGTH = 2**38 - 1, 2**24 - 1
-_UNPUBLISHED, _UNANSWERED = np.uint64(2**63), np.uint64(2**62)
+UNPUBLISHED, _UNANSWERED = np.uint64(2**63), np.uint64(2**62)
 _HEX_CHARACTERS = 32
 
 Keys = NDArray[np.uint64]
@@ -60,7 +60,7 @@ class Features:
     def published(self, rows: NDArray[np.int64]) -> Features:
         """Returns features in which some rows are in the corpus already: better than every row that is not."""
         goodness = self.goodness.copy()
-        goodness[rows] &= ~_UNPUBLISHED
+        goodness[rows] &= ~UNPUBLISHED
         return replace(self, goodness=goodness)
 
     def to_table(self) -> pa.Table:
@@ -153,7 +153,7 @@ def sample_features(
 
 
 def _goodness(answered: NDArray[np.bool_], pixels: NDArray[np.int64], lengths: NDArray[np.int64]) -> Keys:
-    packed = np.where(answered, np.uint64(0), _UNANSWERED) | _UNPUBLISHED
+    packed = np.where(answered, np.uint64(0), _UNANSWERED) | UNPUBLISHED
     packed |= (np.uint64(_MAX_PIXELS) - np.minimum(pixels, _MAX_PIXELS).astype(np.uint64)) << np.uint64(24)
     return np.asarray(packed | (np.uint64(_MAX_LENGTH) - np.minimum(lengths, _MAX_LENGTH).astype(np.uint64)))
 

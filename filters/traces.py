@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from filters.duplicates import scheme_of, shape_of
-from filters.features import Features, hex_ids
+from filters.features import UNPUBLISHED, Features, hex_ids
 from filters.normalise import num_unspaced, plain_text, spaced_words
 from filters.shingles import num_own_shingles
 from filters.signatures import band_keys
@@ -187,7 +187,7 @@ def trace_features(traces: pa.Table, threshold: float) -> Features:
     order ("3 + 4 = 7" is not "2 + 5 = 7"), shared words come in the same order, and the Jaccard similarity of their
     word 5-grams reaches the threshold. 5-grams that a trace copies from its own question are left out: two rows that
     both restate one long question have not thought the same. Traces of fewer than 20 words, and rows without a trace,
-    are never compared. The trace with the smallest id stays.
+    are never compared. A published trace stays (`Features.published`), else that with the smallest id.
     """
     settings = trace_settings(threshold)
     text, question = read_texts(traces["reasoning"]), read_texts(traces["question"])
@@ -202,7 +202,7 @@ def trace_features(traces: pa.Table, threshold: float) -> Features:
         block=block,
         answer=nothing,
         named=nothing,
-        goodness=nothing,
+        goodness=np.full(traces.num_rows, UNPUBLISHED),
         id_high=ids[:, 0],
         id_low=ids[:, 1],
         num_compared=np.where(is_long & (own >= _MIN_COMPARED_WORDS), own, 0).astype(np.int32),

@@ -275,12 +275,16 @@ class _ShardRows:
 
 
 def plan_traces(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
-    """Returns the thinking rows whose chain of thought is another row's."""
+    """Returns the thinking rows whose chain of thought is another row's; of two, the published one stays."""
+    workspace = runtime.workspace
+    earlier = [path for marker in markers if (path := _published_path(workspace, marker.shard)).exists()]
+    published = FeatureTable.open(earlier).column("id_high")
     threshold, num_threads = runtime.config.reasoning.duplicate_threshold, runtime.config.parallel_shards
     tables = []
     for marker in markers:
         traces = runtime.workspace.read_columns(marker.stage, marker.shard, ["id", "question", "reasoning"])
-        tables.append(trace_features(traces, threshold).to_table())
+        features = trace_features(traces, threshold)
+        tables.append(features.published(rows_with_keys(published, features.id_high)).to_table())
     rows = _ShardRows(runtime.workspace, markers, FeatureTable(tables), num_threads=num_threads)
     settings = trace_settings(threshold)
     found = find_duplicates(rows.features, settings, origins=rows.origins, num_threads=num_threads)

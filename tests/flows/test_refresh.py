@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -195,3 +196,71 @@ def test_a_version_is_made_while_nobody_else_makes_one(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def write_parquet(path: Path, **columns: list[Any]) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+@pytest.mark.parametrize("later", [[11.0, 22.0], ["11", "22"], [{"value": "11"}, {"value": "22"}]], ids=str)
+def test_an_answer_column_that_changes_its_type_is_read_as_before_or_its_rows_are_named(
+    tmp_path: Path, teacher: ReplayTeacher, later: list[Any]
+) -> None:
+    questions = tmp_path / "rows.parquet"
+    asked = ["What is the sum of 4 and 7?", "What is the sum of 10 and 12?"]
+    write_parquet(questions, id=["1", "2"], question=asked, answer=[11, 22])
+    source = {"name": "sums", "format": "parquet", "path": str(questions), "columns": {"answer": "answer", "id": "id"}}
+    settings = {"sources": [source], "max_quarantine_share": 1.0}
+    config = write_config(tmp_path, questions, teacher.url, **settings)
+    first = curate_plainly(load_run(str(config))).to_record()
+    write_parquet(questions, id=["1", "2"], question=asked, answer=later)
+    second = curate_plainly(load_run(str(config))).to_record()
+    if isinstance(later[0], dict):
+        fates = pq.read_table(Path(second["corpus"], "fates.parquet")).to_pylist()
+        assert [fate["exit"] for fate in fates] == ["quarantined"] * 2 and second["vanished"] == 2
+    else:
+        assert second["is_new"] is False, "the answers are the same texts"
+    assert ids(second["corpus"]) >= ids(first["corpus"])
+
+
+def test_two_sources_may_use_the_same_ids_and_hold_the_same_question_once(
+    tmp_path: Path, teacher: ReplayTeacher
+) -> None:
+    sources = []
+    for name, second in (("one", 7), ("two", 8)):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [
+            {"id": "1", "question": f"What is the sum of 4 and {second}?", "answer": f"{4 + second}"},
+            {"id": "2", "question": "What is the sum of 10 and 12?", "answer": "22"},
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        columns = {"answer": "answer", "id": "id"}
+        sources.append({"name": name, "format": "jsonl", "path": str(path), "columns": columns})
+    config = write_config(tmp_path, tmp_path, teacher.url, sources=sources)
+    result = curate_plainly(load_run(str(config))).to_record()
+    fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
+    assert result["rows"] == 3
+    assert [(fate["reason"], fate["resembles"] in ids(result["corpus"])) for fate in fates] == [
+        ("duplicate_exact", True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["<script>alert(1)</script> What is the sum of 4 and 7?", "\u202eWhat is the sum of 4 and 7?", "x " * 2_000_000],
+    ids=["markup", "right to left", "four megabytes"],
+)
+def test_an_odd_question_comes_through_as_it_is_or_leaves_with_a_reason(
+    tmp_path: Path, teacher: ReplayTeacher, text: str
+) -> None:
+    nights = Nights(tmp_path, teacher, max_quarantine_share=1.0)
+    nights.questions.write_text(
+        json.dumps({"id": "1", "question": text, "answer": "11", "image": None}) + "\n", encoding="utf-8"
+    )
+    result = nights.refresh()
+    rows = [row for path in Path(result["corpus"]).rglob("data/*/*.parquet") for row in pq.read_table(path).to_pylist()]
+    fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
+    assert len(rows) + len(fates) == 1
+    if rows:
+        assert rows[0]["question"] == text.strip()
+    assert b"<script>alert(1)" not in Path(result["corpus"], "report.html").read_bytes()
