@@ -25,7 +25,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp carries the digest of what its environment was built from: a changed lock rebuilds it, a touched one does not.
 digest = $(shell cat $(1) | sha256sum | cut -c 1-16)
-PIPELINE_LOCKS := requirements/pipeline.txt requirements/dev.txt
+PIPELINE_LOCKS := requirements/pipeline.txt requirements/dev.txt requirements/pipeline-dev.txt
 GPU_LOCKS := requirements/$(GPU_LOCK).txt requirements/dev.txt
 PIPELINE_STAMP := .venv/.built-$(call digest,$(PIPELINE_LOCKS))
 GPU_STAMP := .venv-gpu/.built-$(call digest,$(GPU_LOCKS))
@@ -91,7 +91,7 @@ env-gpu: $(GPU_PROJECT_STAMP) ## Build the GPU-side environment (.venv-gpu): vLL
 $(PIPELINE_STAMP):
 	@echo "[env] building .venv from $(PIPELINE_LOCKS)"
 	$(PYTHON) -m venv --clear .venv
-	.venv/bin/python -m pip install --no-deps $(PIP_ARGS) -r requirements/pipeline.txt -r requirements/dev.txt
+	.venv/bin/python -m pip install --no-deps $(PIP_ARGS) $(PIPELINE_LOCKS:%=-r %)
 	@touch $@
 
 $(GPU_STAMP):

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from schemas.config import PricesConfig
-from schemas.usage import Field, Ledger, cost_of, split_ledger, total_usage
+from schemas.usage import Field, Ledger, Usage, UsageKey, cost_of, split_ledger, total_usage
 
 GROUPINGS: Mapping[str, tuple[Field, ...]] = {
     "by_stage": ("stage",),
@@ -32,6 +32,24 @@ def accounting_figures(costs: Ledger, paid: Ledger, prices: PricesConfig) -> dic
         "has_prices": prices.has_any,
         "costs": _ledger_figures(costs, prices),
         "paid": _ledger_figures(paid, prices),
+    }
+
+
+def ledgers_of(figures: Mapping[str, Any]) -> tuple[Ledger, Ledger]:
+    """Returns the ledgers behind figures (`accounting_figures`): the costs and what the run paid, to price them anew.
+
+    Raises KeyError, TypeError: these are no such figures.
+    """
+    return _ledger_of(figures["costs"]["entries"]), _ledger_of(figures["paid"]["entries"])
+
+
+def _ledger_of(entries: Sequence[Mapping[str, Any]]) -> dict[UsageKey, Usage]:
+    return {
+        UsageKey(entry["stage"], entry["purpose"], entry["source"], entry["model"]): Usage.from_record(
+            # Shown as unknown, kept as none.
+            {**entry, "gpu_seconds": entry["gpu_seconds"] or 0.0}
+        )
+        for entry in entries
     }
 
 

@@ -5,38 +5,67 @@ Texts are kept as they are; clipping and escaping belong to the page.
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import heapq
-import io
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from corpus.sampling import pick_spread
 from corpus.storage import storage_errors
-from corpus.tally import corpus_shards
+from corpus.tally import NOT_GIVEN, corpus_shards
+from corpus.thumbnails import IMAGE_BYTES, thumbnail
 from schemas.errors import BimodeError, CorpusError, RowError
 from schemas.fates import Exit, Fate
 from schemas.verdicts import Heuristic, Mode
 
-IMAGE_SIDE_PIXELS = 384
-IMAGE_BYTES = 40_000
-"""An image is made smaller until it takes no more than so many bytes: thirty rows of three images stay under 5 MB."""
+NUM_SHOWN = 60
+"""Rows shown of each mode and each exit."""
+
+NUM_PAIRS = 8
+"""Duplicates shown beside the row that was kept."""
 
 MAX_IMAGES = 3
 """Images shown of one row; the report says how many there are in all."""
 
-MAX_SOURCE_PIXELS = 64_000_000
-"""Larger images are not decoded for the report, whatever the limits of the run were."""
+SHARED_IMAGE_BYTES = 2_000_000
+"""What the images of all rows of the corpus may take together, and those of all rows that left, before base64. With the
+pairs and base64, two thirds of a page of 10 MB are images at most, and a third is left to text and charts."""
 
-_FATES_PER_REASON = 3
+PAIR_IMAGE_BYTES = 20_000
+
+_ROW_STRATA = ("topic", "source", "answer_type")
+_FATE_STRATA = ("stage", "reason", "source")
+_BATCH_ROWS = 50_000
+ReadImage = Callable[[str], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ShownReply:
+    """A stored reply of the teacher and what was made of it.
+
+    purpose: the judge that asked. index: which sample of the question. outcome: correct, wrong or unscored for an
+    answer that was compared with a reference, the verdict in a word for a judge's question, else "". extracted: what
+    was read as the final answer. why: the reason for the outcome, as a sentence. is_counted: False where the label
+    of the row does not rest on it, as it was asked under other settings or drawn beyond need.
+    """
+
+    purpose: str
+    index: int
+    text: str
+    reasoning: str = ""
+    model: str = ""
+    finish_reason: str = ""
+    num_tokens: int = 0
+    outcome: str = ""
+    extracted: str | None = None
+    why: str = ""
+    is_counted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,46 +95,112 @@ class ShownRow:
 
 @dataclass(frozen=True, slots=True)
 class ShownFate:
-    """A row that left the pipeline as a report shows it. images, num_images: as of `ShownRow`."""
+    """A row that left the pipeline as a report shows it. images: as of `ShownRow`.
+
+    The other fields are those of its sample, as far as the caller knows them: a fate has the start of the question.
+    """
 
     fate: Fate
     images: tuple[str | None, ...] = ()
+    question: str = ""
+    choices: tuple[str, ...] = ()
+    reference: str | None = None
+    topic: str = ""
+    kind: str = ""
+    answer_type: str = ""
 
 
-def pick_rows(version_folder: str | Path, *, num_rows: int = 20) -> tuple[ShownRow, ...]:
-    """Returns rows of both modes in equal number, thinking ones first; a mode with too few leaves room to the other.
+@dataclass(frozen=True, slots=True)
+class ShownPair:
+    """A row that was dropped as a duplicate and the one that was kept instead. question, images: of the latter."""
 
-    The choice is random to the eye and depends on the ids alone. Raises CorpusError, StorageError: a shard is damaged.
+    fate: Fate
+    images: tuple[str | None, ...]
+    kept_id: str
+    kept_question: str
+    kept_images: tuple[str | None, ...]
+
+
+def pick_rows(version_folder: str | Path, *, num_rows: int = NUM_SHOWN) -> tuple[ShownRow, ...]:
+    """Returns up to `num_rows` rows of each mode, thinking ones first, spread over topics, sources and answer types.
+
+    Raises CorpusError, StorageError: a shard is damaged.
     """
-    places: dict[str, list[_Place]] = {}
+    records: list[dict[str, Any]] = []
     for mode in Mode:
         shards = [path for path in corpus_shards(version_folder) if path.parent.name == mode]
-        places[mode] = heapq.nsmallest(num_rows, _places(shards, ["id"]))
-    think, direct = places[Mode.THINK], places[Mode.DIRECT]
-    num_think = min(len(think), max(num_rows - num_rows // 2, num_rows - len(direct)))
-    picked = [*think[:num_think], *direct[: num_rows - num_think]]
-    return tuple(_shown_row(record) for record in _records(picked))
+        records += _records(_picked_places(shards, "id", _ROW_STRATA, num_rows))
+    max_bytes = _bytes_per_image(len(record["images"]) for record in records)
+    return tuple(_shown_row(record, max_bytes) for record in records)
 
 
-def pick_fates(
-    fates_path: str | Path, *, num_fates: int = 10, read_image: Callable[[str], bytes]
-) -> tuple[ShownFate, ...]:
-    """Returns rows that were dropped or quarantined: one of each reason in turn, then a second one, up to three.
+def pick_fates(fates_path: str | Path, *, num_fates: int = NUM_SHOWN, read_image: ReadImage) -> tuple[ShownFate, ...]:
+    """Returns up to `num_fates` rows of each exit, dropped ones first, spread over stages, reasons and sources.
 
-    Raises CorpusError, StorageError: the file is damaged. An image that cannot be read is shown as missing.
+    read_image: from the sha256 of a stored image to its bytes. An image that cannot be read is shown as missing.
+    Raises CorpusError, StorageError: the file is damaged.
     """
-    by_reason: dict[tuple[str, ...], list[_Place]] = defaultdict(list)
-    for place in _places([Path(fates_path)], ["origin", "exit", "stage", "reason"]):
-        group = by_reason[place.values[1:]]
-        group.append(place)
-        if len(group) > _FATES_PER_REASON:
-            group.remove(max(group))
-    ordered = [sorted(by_reason[reason]) for reason in sorted(by_reason)]
-    turns = [group[i] for i in range(_FATES_PER_REASON) for group in ordered if i < len(group)]
-    return tuple(_shown_fate(record, read_image) for record in _records(turns[:num_fates]))
+    fates: list[Fate] = []
+    for exit_ in Exit:
+        only = pl.col("exit") == str(exit_)
+        places = _picked_places([Path(fates_path)], "origin", _FATE_STRATA, num_fates, extra=("exit",), only=only)
+        fates += map(_fate, _records(places))
+    max_bytes = _bytes_per_image(len(fate.images) for fate in fates)
+    return tuple(ShownFate(fate, _stored_thumbnails(fate.images, read_image, max_bytes)) for fate in fates)
 
 
-def evidence_sentence(record: dict[str, Any]) -> str:
+def pick_pairs(
+    version_folder: str | Path, fates_path: str | Path, *, num_pairs: int = NUM_PAIRS, read_image: ReadImage
+) -> tuple[ShownPair, ...]:
+    """Returns duplicates beside the rows that were kept instead, spread over reasons and sources, least alike first.
+
+    A kept row that later left for another reason is shown, too. Raises CorpusError, StorageError as `pick_fates`.
+    """
+    near = pl.col("similarity").is_not_null() & pl.col("resembles").str.contains(r"^[0-9a-f]{32}$")
+    places = _picked_places(
+        [Path(fates_path)],
+        "origin",
+        ("reason", "source"),
+        num_pairs,
+        extra=("similarity", "resembles"),
+        only=near,
+    )
+    fates = [_fate(record) for record in _records(places)]
+    kept = _kept_rows(version_folder, fates_path, {fate.resembles for fate in fates if fate.resembles}, read_image)
+    pairs = [
+        ShownPair(fate, _stored_thumbnails(fate.images, read_image, PAIR_IMAGE_BYTES), fate.resembles, *found)
+        for fate in fates
+        if fate.resembles and (found := kept.get(fate.resembles)) is not None
+    ]
+    return tuple(sorted(pairs, key=lambda pair: (pair.fate.similarity or 0.0, pair.fate.origin)))
+
+
+def questions_of(fates_path: str | Path, origins: Collection[str]) -> dict[str, str]:
+    """Returns the beginnings of the questions of rows that left, by origin. Raises CorpusError, StorageError."""
+    wanted = pl.col("origin").is_in(pl.Series(sorted(origins), dtype=pl.String).implode())
+    return {
+        origin: question or ""
+        for batch in _batches(Path(fates_path), ["origin", "question"])
+        for origin, question in batch.filter(wanted).select("origin", "question").iter_rows()
+    }
+
+
+def _kept_rows(
+    version_folder: str | Path, fates_path: str | Path, ids: Collection[str], read_image: ReadImage
+) -> dict[str, tuple[str, tuple[str | None, ...]]]:
+    """Returns question and images of rows by id, from the corpus, else from the rows that left."""
+    wanted = pl.Series("id", sorted(ids), dtype=pl.String)
+    kept: dict[str, tuple[str, tuple[str | None, ...]]] = {}
+    for fate in map(_fate, _records(_places_of(Path(fates_path), wanted))):
+        kept[str(fate.id)] = (fate.question, _stored_thumbnails(fate.images, read_image, PAIR_IMAGE_BYTES))
+    for shard in corpus_shards(version_folder):
+        for record in _records(_places_of(shard, wanted)):
+            images = tuple(thumbnail(image["bytes"], PAIR_IMAGE_BYTES) for image in record["images"][:MAX_IMAGES])
+            kept[record["id"]] = (record["question"], images)
+    return kept
+
+
+def evidence_sentence(record: Mapping[str, Any]) -> str:
     """Returns why a corpus record has its mode, for a person."""
     if record["heuristic"] == Heuristic.DIFFICULTY:
         probability = record["probability"]
@@ -118,63 +213,72 @@ def evidence_sentence(record: dict[str, Any]) -> str:
     return f"{sentence}; {record['num_sampled']} drawn{' (audit)' if record['is_audit'] else ''}."
 
 
-def thumbnail(encoded: bytes) -> str | None:
-    """Returns an image as a data URL of at most `IMAGE_SIDE_PIXELS` a side and `IMAGE_BYTES`, or None if it cannot be
-    decoded. Its transparent parts become white."""
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            if image.width * image.height > MAX_SOURCE_PIXELS:
-                return None
-            image.draft("RGB", (2 * IMAGE_SIDE_PIXELS, 2 * IMAGE_SIDE_PIXELS))
-            small = image.convert("RGB" if image.mode in ("RGB", "L", "YCbCr") else "RGBA")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return None
-    small.thumbnail((IMAGE_SIDE_PIXELS, IMAGE_SIDE_PIXELS), reducing_gap=2.0)
-    flat = Image.new("RGB", small.size, "white")
-    flat.paste(small, mask=small if small.mode == "RGBA" else None)
-    for side in (IMAGE_SIDE_PIXELS, 256, 128, 64):
-        flat.thumbnail((side, side))
-        for file_format, options in (("PNG", {}), ("JPEG", {"quality": 85}), ("JPEG", {"quality": 60})):
-            buffer = io.BytesIO()
-            flat.save(buffer, file_format, **options)
-            if buffer.tell() <= IMAGE_BYTES:
-                content = base64.b64encode(buffer.getvalue()).decode("ascii")
-                return f"data:image/{file_format.lower()};base64,{content}"
-    return None
-
-
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where a row lies, ordered by a hash of its first value. values: of the columns asked for."""
+    """Where a row lies: its number in a file."""
 
-    rank: str
     path: Path
-    row_group: int
-    index: int
-    values: tuple[str, ...]
+    row: int
 
 
-def _places(paths: Iterable[Path], columns: Sequence[str]) -> Iterator[_Place]:
-    for path in paths:
-        with _reading(path), pq.ParquetFile(path) as file:
-            for row_group in range(file.num_row_groups):
-                table = file.read_row_group(row_group, columns=list(columns))
-                for index, values in enumerate(zip(*(table[column].to_pylist() for column in columns), strict=True)):
-                    # Hashed anew: the audit slice is chosen by id as well, and must not fill the sample.
-                    rank = hashlib.sha256(f"report:{values[0]}".encode()).hexdigest()
-                    yield _Place(rank, path, row_group, index, values)
+def _picked_places(
+    paths: Sequence[Path],
+    key: str,
+    strata: Sequence[str],
+    num_rows: int,
+    *,
+    extra: Sequence[str] = (),
+    only: pl.Expr | None = None,
+) -> list[_Place]:
+    """Returns the places of rows, picked by `pick_spread`. only: which rows may be. extra: further columns for that."""
+    columns = list(dict.fromkeys((key, *strata, *extra)))
+    filled = [pl.col(name).fill_null(NOT_GIVEN) for name in (key, *strata)]
+    batches = (
+        (batch if only is None else batch.filter(only)).with_columns(filled, path=pl.lit(index, pl.Int64))
+        for index, path in enumerate(paths)
+        for batch in _batches(path, columns)
+    )
+    picked = pick_spread(batches, key=key, strata=strata, num_rows=num_rows)
+    chosen = () if picked is None else picked.select("path", "row").iter_rows()
+    return [_Place(paths[path], row) for path, row in chosen]
+
+
+def _batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
+    """Yields some columns of a file, with the number of each row as `row`."""
+    num_read = 0
+    with _reading(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
+            table = pa.Table.from_batches([batch])
+            frame = pl.DataFrame({name: pl.Series(name, table[name]) for name in columns})
+            yield frame.with_row_index("row", offset=num_read)
+            num_read += frame.height
+
+
+def _places_of(path: Path, ids: pl.Series) -> list[_Place]:
+    """Returns the places of the rows that have one of the ids."""
+    rows = (
+        row
+        for batch in _batches(path, ["id"])
+        for row in batch.filter(pl.col("id").is_in(ids.implode()))["row"].to_list()
+    )
+    return [_Place(path, row) for row in rows]
 
 
 def _records(places: Sequence[_Place]) -> list[dict[str, Any]]:
     """Returns the whole rows at the places, in their order; each row group is read once."""
-    by_group: dict[tuple[Path, int], list[_Place]] = defaultdict(list)
+    by_file: dict[Path, list[_Place]] = defaultdict(list)
     for place in places:
-        by_group[place.path, place.row_group].append(place)
+        by_file[place.path].append(place)
     records: dict[_Place, dict[str, Any]] = {}
-    for (path, row_group), group in by_group.items():
+    for path, wanted in by_file.items():
         with _reading(path), pq.ParquetFile(path) as file:
-            table = file.read_row_group(row_group)
-        records |= {place: table.slice(place.index, 1).to_pylist()[0] for place in group}
+            start = 0
+            for index in range(file.num_row_groups):
+                stop = start + file.metadata.row_group(index).num_rows
+                if here := [place for place in wanted if start <= place.row < stop]:
+                    group = file.read_row_group(index)
+                    records |= {place: group.slice(place.row - start, 1).to_pylist()[0] for place in here}
+                start = stop
     return [records[place] for place in places]
 
 
@@ -187,7 +291,13 @@ def _reading(path: Path) -> Iterator[None]:
         raise CorpusError(f"{path} is not a file of a corpus: {error}") from error
 
 
-def _shown_row(record: dict[str, Any]) -> ShownRow:
+def _bytes_per_image(nums_images: Iterable[int]) -> int:
+    """Returns how large an image may be so that all that are shown share the room."""
+    num_shown = sum(min(number, MAX_IMAGES) for number in nums_images)
+    return min(IMAGE_BYTES, SHARED_IMAGE_BYTES // max(1, num_shown))
+
+
+def _shown_row(record: dict[str, Any], max_bytes: int) -> ShownRow:
     images = record["images"]
     return ShownRow(
         id=record["id"],
@@ -206,19 +316,21 @@ def _shown_row(record: dict[str, Any]) -> ShownRow:
         reasoning=record["reasoning"],
         answer=record["answer"],
         evidence=evidence_sentence(record),
-        images=tuple(thumbnail(image["bytes"]) for image in images[:MAX_IMAGES]),
+        images=tuple(thumbnail(image["bytes"], max_bytes) for image in images[:MAX_IMAGES]),
         num_images=len(images),
     )
 
 
-def _shown_fate(record: dict[str, Any], read_image: Callable[[str], bytes]) -> ShownFate:
-    images = tuple(record["images"] or ())
-    fate = Fate(**{**record, "exit": Exit(record["exit"]), "images": images})
-    return ShownFate(fate, tuple(_stored_thumbnail(sha256, read_image) for sha256 in images[:MAX_IMAGES]))
+def _fate(record: Mapping[str, Any]) -> Fate:
+    return Fate(**{**record, "exit": Exit(record["exit"]), "images": tuple(record["images"] or ())})
 
 
-def _stored_thumbnail(sha256: str, read_image: Callable[[str], bytes]) -> str | None:
+def _stored_thumbnails(images: Sequence[str], read_image: ReadImage, max_bytes: int) -> tuple[str | None, ...]:
+    return tuple(_stored_thumbnail(sha256, read_image, max_bytes) for sha256 in images[:MAX_IMAGES])
+
+
+def _stored_thumbnail(sha256: str, read_image: ReadImage, max_bytes: int) -> str | None:
     try:
-        return thumbnail(read_image(sha256))
+        return thumbnail(read_image(sha256), max_bytes)
     except (KeyError, OSError, RowError, BimodeError):
         return None  # The row may have left for this very reason; the report shows the gap.

@@ -29,8 +29,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corpus.croissant import CroissantInputs, croissant_record
 from corpus.lineage import MARK_SCHEMA, num_marks_changed, read_marks, write_marks
-from corpus.storage import file_sha256, storage_errors, sync, write_text
+from corpus.storage import file_sha256, storage_errors, sync, write_bytes, write_text
 from corpus.writer import ShardInfo, shard_path, write_corpus_shard
 from schemas.errors import ConfigError, CorpusError, RowError
 from schemas.fates import StageCount
@@ -41,9 +42,10 @@ MANIFEST = "manifest.json"
 BUILDING = ".building"
 LATEST = "latest"
 CARD, REPORT, FIGURES, FATES, MARKS = "README.md", "report.html", "report.json", "fates.parquet", "marks.parquet"
-COMPANIONS = (CARD, FATES, MARKS, REPORT, FIGURES)
+CROISSANT = "croissant.json"
+COMPANIONS = (CARD, CROISSANT, FATES, MARKS, REPORT, FIGURES)
 """What every version holds beside its shards."""
-_CHECKED = (CARD, FATES, MARKS)
+_CHECKED = (CARD, CROISSANT, FATES, MARKS)
 """Those whose checksums are in the manifest, though not in the corpus digest. The report tells what the run paid, too:
 a run that was killed and started again pays otherwise for the same corpus, and its manifest must be the same."""
 
@@ -262,7 +264,7 @@ def find_base(folder: str | Path, *, name: str, lineage: str) -> Base | None:
     problems = {
         shard: problem
         for shard in manifest.shards
-        if seen.get(shard.sha256) != _identity(latest / shard.path) and (problem := _file_damage(latest, shard))
+        if seen.get(shard.sha256) != _identity(latest / shard.path) and (problem := file_damage(latest, shard))
     }
     for problem in problems.values():
         _LOG.warning("%s is damaged; its rows are written anew: %s", latest, problem)
@@ -344,13 +346,15 @@ def commit_version(
     shards: Sequence[ShardInfo],
     counts: Mapping[str, StageCount],
     lineage: str = "",
+    licence: str = "other",
     base: Base | None = None,
 ) -> Committed:
-    """Checks what was built, writes the manifest last, and gives the folder its version name.
+    """Checks what was built, writes its description and, last, the manifest, and gives the folder its version name.
 
-    shards: those written for this version; the base's come on top. A mode without rows gets one empty shard: a
-    configuration that matches no file would keep `datasets` from loading the others too. If the latest version is the
-    same corpus and undamaged, the build is discarded and that version returned.
+    licence: of the corpus as a whole, for the description. shards: those written for this version; the base's come on
+    top. A mode without rows gets one empty shard: a configuration that matches no file would keep `datasets` from
+    loading the others too. If the latest version is the same corpus and undamaged, the build is discarded and that
+    version returned.
 
     Raises CorpusError: a file is missing, altered or not of the build, or rows are unaccounted for. StorageError: the
     disk fails. In both cases the versions stay as they were.
@@ -362,6 +366,9 @@ def commit_version(
     change = version_change(building, shards, base, created=created)
     own = [replace(_relative(building, shard), since=version) for shard in shards]
     listed = _with_both_modes(building, [*(base.shards if base else ()), *own])
+    described = croissant_record(CroissantInputs(name, version, created, licence, listed, building))
+    text = json.dumps(described, indent=2, ensure_ascii=False) + "\n"
+    write_bytes(building / CROISSANT, text.encode("utf-8", "replace"))
     manifest = Manifest(
         name=name,
         version=version,
@@ -377,7 +384,7 @@ def commit_version(
         history=(*version_history(folder), change),
     )
     checked = {shard.path for shard in base.shards} if base else set()
-    problems = _damage(building, manifest, checked) or [*_misplaced(building, own), *_unaccounted(building, manifest)]
+    problems = _damage(building, manifest, checked) or [*_misplaced(building, own), *unaccounted(building, manifest)]
     if problems:
         raise CorpusError(f"the new version of corpus {name} cannot be published:\n" + _as_lines(problems))
     same = _same_corpus(folder, manifest) if base is None else None if change.is_news or base.damage else base.folder
@@ -406,7 +413,7 @@ def load_manifest(version_folder: str | Path) -> Manifest:
         manifest = _manifest_from_record(record)
     except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise CorpusError(f"the manifest {path} is damaged: {type(error).__name__}: {error}") from error
-    if record.get("checksum") != _checksum(record) or manifest.digest != corpus_digest(manifest.shards):
+    if record.get("checksum") != manifest_checksum(record) or manifest.digest != corpus_digest(manifest.shards):
         raise CorpusError(f"the manifest {path} was altered: its checksum does not fit; restore it or curate again")
     return manifest
 
@@ -469,7 +476,7 @@ def _damage(folder: Path, manifest: Manifest, checked: Collection[str] = ()) -> 
     checked: paths of files that need not be read again.
     """
     expected: list[ShardInfo | FileInfo] = [*manifest.shards, *manifest.files]
-    found = (_file_damage(folder, file) for file in expected if file.path not in checked)
+    found = (file_damage(folder, file) for file in expected if file.path not in checked)
     problems = [problem for problem in found if problem]
     listed = {file.path for file in expected}
     for path in sorted((folder / "data").rglob("*.parquet")):
@@ -479,7 +486,7 @@ def _damage(folder: Path, manifest: Manifest, checked: Collection[str] = ()) -> 
     return problems
 
 
-def _file_damage(folder: Path, file: ShardInfo | FileInfo) -> str:
+def file_damage(folder: Path, file: ShardInfo | FileInfo) -> str:
     """Returns what is wrong with one file of a version, "" if nothing is. Raises StorageError: it cannot be read."""
     path = folder / file.path
     if not path.is_file():
@@ -524,7 +531,7 @@ def _misplaced(building: Path, shards: Sequence[ShardInfo]) -> list[str]:
     return problems
 
 
-def _unaccounted(building: Path, manifest: Manifest) -> list[str]:
+def unaccounted(building: Path, manifest: Manifest) -> list[str]:
     """Returns what breaks the conservation law between the rows read, the corpus, and the rows that left."""
     if not manifest.counts:
         return ["no stage was counted, so its rows cannot be accounted for"]
@@ -546,7 +553,7 @@ def _num_rows(path: Path) -> int:
     try:
         with storage_errors(path, "read"):
             return int(pq.read_metadata(path).num_rows)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, ValueError) as error:  # a damaged column name is no Unicode
         raise CorpusError(f"{path} is not a Parquet file: {error}") from error
 
 
@@ -606,7 +613,7 @@ def _manifest_record(manifest: Manifest) -> dict[str, Any]:
         "counts": [{"stage": stage, **count.to_record()} for stage, count in manifest.counts.items()],
         "history": [asdict(change) for change in manifest.history],
     }
-    return {**record, "checksum": _checksum(record)}
+    return {**record, "checksum": manifest_checksum(record)}
 
 
 def _manifest_from_record(record: dict[str, Any]) -> Manifest:
@@ -634,7 +641,7 @@ def _manifest_from_record(record: dict[str, Any]) -> Manifest:
     )
 
 
-def _checksum(record: Mapping[str, Any]) -> str:
+def manifest_checksum(record: Mapping[str, Any]) -> str:
     covered = {key: value for key, value in record.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(covered, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 

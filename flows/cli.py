@@ -3,6 +3,19 @@
 bimode curate --config my.yaml            curate a corpus
 bimode curate --config my.yaml --dry-run  say what would be asked, and what it would cost
 bimode summary --config my.yaml           show where the corpus is and what is in it
+bimode show ID --config my.yaml           show everything known of one row
+bimode report --config my.yaml            make the report of a version anew
+bimode relabel --config my.yaml --set …   label again by other settings, from stored replies
+bimode versions --config my.yaml          list the versions, what each added and who pins it
+bimode diff v0001 v0002 --config my.yaml  show what changed between two versions
+bimode validate --config my.yaml          say whether a version is complete and right
+bimode pin v0002 --config my.yaml         keep a version
+bimode unpin v0002 --config my.yaml       keep it no longer
+bimode collect --config my.yaml --keep 7  remove old versions
+bimode export FORMAT --config my.yaml …   write the corpus for another trainer
+bimode annotate --config my.yaml …        draw a sample for people to mark
+bimode agreement --config my.yaml FILE    read their marks and say how far the judges agree
+bimode notify                             have Prefect tell you of runs that fail, and the like
 bimode train --config my.yaml             train on a corpus: annealing, BPO, evaluation
 bimode up --config my.yaml                start Prefect's server, a worker and the teacher on this machine
 bimode down                               stop what `up` started
@@ -17,7 +30,22 @@ from collections.abc import Callable
 
 import typer
 
-from flows.commands import curate, stack, summary, train
+from flows.commands import (
+    agreement,
+    annotate,
+    curate,
+    diff,
+    export,
+    notify,
+    relabel,
+    report,
+    show,
+    stack,
+    summary,
+    train,
+    validate,
+    versions,
+)
 
 _HELP = (__doc__ or "").replace("\n\n", "\n\n\b\n", 1)
 """The \\b tells click to keep the lines of the examples as they are."""
@@ -25,7 +53,20 @@ _HELP = (__doc__ or "").replace("\n\n", "\n\n\b\n", 1)
 COMMANDS: dict[Callable[..., None], str] = {
     curate.curate: curate.EXAMPLES,
     summary.summary: summary.EXAMPLES,
+    show.show: show.EXAMPLES,
+    report.report: report.EXAMPLES,
+    relabel.relabel: relabel.EXAMPLES,
+    versions.versions: versions.EXAMPLES,
+    diff.diff: diff.EXAMPLES,
+    validate.validate: validate.EXAMPLES,
+    versions.pin: versions.PIN_EXAMPLES,
+    versions.unpin: versions.UNPIN_EXAMPLES,
+    versions.collect: versions.COLLECT_EXAMPLES,
+    export.export: export.EXAMPLES,
+    annotate.annotate: annotate.EXAMPLES,
+    agreement.agreement: agreement.EXAMPLES,
     train.train: train.EXAMPLES,
+    notify.notify: notify.EXAMPLES,
     stack.up: stack.UP_EXAMPLES,
     stack.down: stack.DOWN_EXAMPLES,
 }

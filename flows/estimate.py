@@ -23,6 +23,7 @@ from flows.sampling_estimate import Measurement, RowSampler, Scaled, measure
 from flows.stages import Progress
 from flows.workspace import Marker
 from judges import difficulty, performance, reasoning, routing
+from judges.panel import teacher_names
 from judges.routing import Route, route_by_rules
 from judges.sampling_plan import REASONING_SHARE
 from schemas.config import EndpointConfig, PricesConfig, RunConfig
@@ -171,21 +172,25 @@ def _kept_samples(
 
 
 def _estimate_purposes(samples: Iterator[Sample], config: RunConfig) -> tuple[PurposeEstimate, ...]:
-    teacher, reasoner = config.teacher, config.reasoner_endpoint
-    named = {
-        name: _Purpose(name, reasoner if name == reasoning.PURPOSE else teacher, config.prices)
-        for name in (
-            routing.ROUTING,
-            routing.TOPIC,
-            difficulty.PURPOSE,
-            performance.PURPOSE,
-            reasoning.PURPOSE,
-            reasoning.DIRECT,
-        )
+    teacher, voters = config.teacher, config.difficulty_endpoints
+    asked = {
+        routing.ROUTING: teacher,
+        routing.TOPIC: teacher,
+        **dict(zip(_difficulty_purposes(config), voters, strict=True)),
+        performance.PURPOSE: teacher,
+        reasoning.PURPOSE: config.reasoner_endpoint,
+        reasoning.DIRECT: teacher,
     }
+    named = {name: _Purpose(name, endpoint, config.prices) for name, endpoint in asked.items()}
     for sample in samples:
         _add_row(named, route_by_rules(sample), config)
     return tuple(purpose.estimate() for purpose in named.values())
+
+
+def _difficulty_purposes(config: RunConfig) -> list[str]:
+    """Returns what a panel's calls are listed under: those of the main teacher as always, the others by name."""
+    _, *names = teacher_names(config.difficulty_endpoints)
+    return [difficulty.PURPOSE, *(f"{difficulty.PURPOSE}, {name}" for name in names)]
 
 
 def _add_row(named: dict[str, _Purpose], route: Route, config: RunConfig) -> None:
@@ -199,7 +204,8 @@ def _add_row(named: dict[str, _Purpose], route: Route, config: RunConfig) -> Non
     if objective < 1.0:
         low = 1 if is_certain else 0
         request = difficulty.difficulty_request(sample)
-        named[difficulty.PURPOSE].add(request, sample, low=low, likely=1 - objective, high=1)
+        for name in _difficulty_purposes(config):
+            named[name].add(request, sample, low=low, likely=1 - objective, high=1)
     if objective > 0.0:
         num_samples = config.performance.num_samples
         first = num_samples if config.performance.exhaustive else 1
@@ -225,20 +231,24 @@ def render_estimate(estimate: RunEstimate) -> str:
     ]
     if estimate.measured is not None:
         lines += ["", *_measured(estimate.measured, has_prices=estimate.has_prices)]
+    shown: set[str] = set()
     for purpose in estimate.purposes:
-        if purpose.example:
+        # The teachers of a panel are asked the very same.
+        if purpose.example and purpose.example not in shown:
             lines += ["", f"--- {purpose.purpose}, for example", purpose.example]
+            shown.add(purpose.example)
     return "\n".join(lines)
 
 
 def _rules_of_thumb(estimate: RunEstimate) -> list[str]:
-    head = f"{'purpose':<12} {'calls at least':>15} {'likely':>12} {'at most':>12} {'prompt tokens':>15} "
+    width = max(12, *(len(purpose.purpose) for purpose in estimate.purposes))
+    head = f"{'purpose':<{width}} {'calls at least':>15} {'likely':>12} {'at most':>12} {'prompt tokens':>15} "
     head += f"{'completion at most':>19}" + (f" {'cost at most':>14}" if estimate.has_prices else "")
     lines = ["By rules of thumb:", head]
     rows = {purpose.purpose: _thumb_figures(purpose) for purpose in estimate.purposes}
     rows["all"] = [sum(column) for column in zip(*rows.values(), strict=True)]
     for name, (low, likely, high, prompt_tokens, max_completion_tokens, max_cost) in rows.items():
-        line = f"{name:<12} {low:>15,} {likely:>12,} {high:>12,} {prompt_tokens:>15,} {max_completion_tokens:>19,}"
+        line = f"{name:<{width}} {low:>15,} {likely:>12,} {high:>12,} {prompt_tokens:>15,} {max_completion_tokens:>19,}"
         lines.append(line + (f" {amount(max_cost):>14}" if estimate.has_prices else ""))
     return [
         *lines,

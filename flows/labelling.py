@@ -9,20 +9,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from filters.traces import TraceProblem, trace_problem
 from flows.work_rows import WorkRow
-from judges import difficulty, performance, reasoning, routing
-from judges.answers import VerifierPool
+from judges import difficulty, panel, performance, reasoning, routing
 from judges.retry import changed_retry, is_cut_short
 from judges.sampling_plan import SamplingPlans
-from schemas.config import RunConfig
+from schemas.config import ReasoningConfig, RunConfig
 from schemas.errors import RowError
 from schemas.fates import Fate
 from schemas.question import render_question
 from schemas.requests import CallFailure, Reply, TeacherRequest
-from schemas.samples import Kind
+from schemas.samples import Kind, Sample
 from schemas.template import Completion, render_completion
 from schemas.verdicts import Failure, Mode, Verdict, unscored
 
@@ -34,13 +33,34 @@ HOPELESS = frozenset({"teacher_rejected", "teacher_crashed"})
 its engine dies of it, and would die again."""
 
 
+def check_trace(row: WorkRow, trace: Completion, reply: Reply, settings: ReasoningConfig) -> TraceProblem | None:
+    """Returns the first problem of a row's trace, read from a reply, or None; its answer is not compared here."""
+    return trace_problem(
+        trace.reasoning,
+        trace.answer,
+        is_truncated=reply.is_truncated,
+        config=settings,
+        question=render_question(row.sample),
+    )
+
+
+class Verifier(Protocol):
+    """Compares replies with references: a `VerifierPool`, or who knows some of its verdicts."""
+
+    async def verify_async(self, reply_text: str, sample: Sample, *, is_truncated: bool = False) -> Verdict: ...
+
+
+CheckTrace = Callable[[WorkRow, Completion, Reply, ReasoningConfig], TraceProblem | None]
+
+
 @dataclass(frozen=True, slots=True)
 class Desk:
     """What a labelling function works with: the settings, the two endpoints, the verifiers and the sampling plans.
 
     ask_samples: asks the teacher for several samples of one question, in one call where that is possible. is_stored:
     whether the teacher's reply is in the journal.
-    plans: shared by all shards of a process.
+    plans: shared by all shards of a process. ask_panel: the further teachers that vote on difficulty. check_trace: says
+    what is wrong with a trace; a desk that knows the result already need not look again.
     """
 
     config: RunConfig
@@ -48,8 +68,10 @@ class Desk:
     ask_samples: AskSamples
     is_stored: Callable[[TeacherRequest], bool]
     ask_reasoner: Ask
-    verifiers: VerifierPool
+    verifiers: Verifier
     plans: SamplingPlans
+    ask_panel: Sequence[Ask] = ()
+    check_trace: CheckTrace = check_trace
 
 
 Label = Callable[[WorkRow, Desk], Awaitable[WorkRow | Fate]]
@@ -98,11 +120,21 @@ async def label_difficulty(row: WorkRow, desk: Desk) -> WorkRow | Fate:
     """The difficulty heuristic, for subjective rows."""
     if row.sample.kind is not Kind.SUBJECTIVE:
         return row
-    read = partial(difficulty.difficulty_decision, config=desk.config.difficulty)
-    decision = await _ask_readably(desk.ask_teacher, difficulty.difficulty_request(row.sample), read)
-    if isinstance(decision, CallFailure):
-        return row.quarantined("difficulty", decision.reason, decision.detail)
+    verdicts = await difficulty_verdicts(row.sample, [desk.ask_teacher, *desk.ask_panel])
+    given = [None if isinstance(verdict, CallFailure) else verdict for verdict in verdicts]
+    decision = panel.panel_decision(given, desk.config.difficulty)
+    if decision is None:
+        missing = panel.missing_quorum(verdicts, desk.config)
+        return row.quarantined("difficulty", missing.reason, missing.detail)
     return replace(row, decision=decision)
+
+
+async def difficulty_verdicts(sample: Sample, asks: Sequence[Ask]) -> list[float | CallFailure]:
+    """Returns, of each teacher that is asked, how probably the question needs reasoning, or why that is not known."""
+    request = difficulty.difficulty_request(sample)
+    readings = [_ask_readably(ask, request, difficulty.reasoning_probability) for ask in asks]
+    # Most runs have one teacher; a task of its own would only take time.
+    return [await readings[0]] if len(readings) == 1 else list(await asyncio.gather(*readings))
 
 
 async def label_performance(row: WorkRow, desk: Desk) -> WorkRow | Fate:
@@ -121,7 +153,9 @@ async def label_performance(row: WorkRow, desk: Desk) -> WorkRow | Fate:
     async def take(indices: range) -> None:
         wave = await desk.ask_samples([request.sample(index) for index in indices])
         replies.extend(wave)
-        verdicts.extend(await asyncio.gather(*(_verify(reply, row, desk) for reply in wave)))
+        # A stored sample comes alone, and most verdicts are given at once: a task would take longer than that.
+        one = await _verify(wave[0], row, desk) if len(wave) == 1 else None
+        verdicts.extend([one] if one else await asyncio.gather(*(_verify(reply, row, desk) for reply in wave)))
         desk.plans.observe(source, verdicts, wave)
 
     while performance.num_needed(verdicts, settings, is_audit=is_audit):
@@ -174,13 +208,7 @@ async def label_reasoning(row: WorkRow, desk: Desk) -> WorkRow | Fate:
                 break
             continue
         trace = reasoning.read_trace(reply)
-        problem: TraceProblem | CallFailure | None = trace_problem(
-            trace.reasoning,
-            trace.answer,
-            is_truncated=reply.is_truncated,
-            config=settings,
-            question=render_question(row.sample),
-        )
+        problem: TraceProblem | CallFailure | None = desk.check_trace(row, trace, reply, settings)
         problem = problem or await _inconsistency(trace, reply, row, desk)
         if problem is None:
             is_checkable = row.sample.kind is Kind.OBJECTIVE

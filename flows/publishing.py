@@ -7,8 +7,9 @@ and only rows that are new are written. Other rules (another recipe, other bench
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from corpus.card import CardInputs, build_card, mode_sizes
-from corpus.excerpts import pick_fates, pick_rows
-from corpus.lineage import MARK_SCHEMA, News, find_news, new_marks, read_marks, write_marks
-from corpus.report import BenchmarkLeaks, ReportInputs, build_report, summary_table
+from corpus.keeping import collect_versions
+from corpus.lineage import MARK_SCHEMA, News, find_news, new_marks, write_marks
+from corpus.remote import remove_remote, restore_latest, send_version
+from corpus.report import summary_table
+from corpus.report_inputs import BenchmarkLeaks
 from corpus.storage import write_bytes, write_text
 from corpus.tally import tally_corpus
 from corpus.versions import (
@@ -44,17 +47,21 @@ from corpus.versions import (
 )
 from corpus.writer import STAGE, ShardInfo, read_ids, write_fates, write_shards
 from flows.accounting import paid_line
+from flows.annotating import agreement_figures
 from flows.decontaminating import DECONTAMINATION, Benchmarks
+from flows.reporting import ReportFacts, write_report
+from flows.run_config import corpus_address, corpus_folder
 from flows.runtime import Runtime
 from flows.stages import STAGES, recipe_digest
 from flows.workspace import Marker, digest_of
-from schemas.config import PricesConfig, RunConfig
+from schemas.config import PricesConfig
 from schemas.fates import Exit, Fate, StageCount, count_stage
 from schemas.samples import Kind
 from schemas.usage import Ledger, Usage, cost_of, merged_ledgers, total_usage
 from schemas.verdicts import Mode
 
-LAST_STAGE = STAGES[-1]
+_LOG = logging.getLogger(__name__)
+LAST_STAGE, DIFFICULTY = STAGES[-1], "difficulty"
 RUN_FILE = "last_run.json"
 """In the work folder: what the last finished run made, for the command line."""
 
@@ -70,7 +77,7 @@ class Ledgers:
 @dataclass(frozen=True, slots=True)
 class Published:
     """A finished curation. changes: what the version changed, whichever run made it. paid: by this run. paid_line: the
-    same in words, with its cost.
+    same in words, with its cost. address: of the version on object storage, "" if it is on the disk alone.
     """
 
     folder: Path
@@ -82,6 +89,7 @@ class Published:
     paid: Usage
     paid_line: str
     summary: str
+    address: str = ""
 
     @property
     def report(self) -> Path:
@@ -90,6 +98,7 @@ class Published:
     def to_record(self) -> dict[str, Any]:
         return {
             "corpus": str(self.folder),
+            "address": self.address or str(self.folder),
             "report": str(self.report),
             "version": self.version,
             "rows": self.num_rows,
@@ -101,11 +110,6 @@ class Published:
             "new_teacher_calls": self.paid.num_calls,
             "paid": {**self.paid.to_record(), "text": self.paid_line},
         }
-
-
-def corpus_folder(config: RunConfig) -> Path:
-    """Returns the folder that holds the versions."""
-    return Path(config.corpus.folder) if config.corpus.folder else Path(config.workdir) / "corpus"
 
 
 def publish(
@@ -122,23 +126,74 @@ def publish(
         costs=merged_ledgers(marker.usage for done in markers.values() for marker in done),
         paid=runtime.accounts.paid(),
     )
+    address = corpus_address(config)
+    if address is not None:
+        restore_latest(address, corpus_folder(config))
     with locked(corpus_folder(config)):
         committed = _make_version(runtime, markers, benchmarks, ledgers)
+    if address is not None:
+        send_version(committed.folder, address)
+    if committed.is_new and config.corpus.keep_versions is not None:
+        removed = collect_versions(corpus_folder(config), keep=config.corpus.keep_versions).removed
+        if address is not None:
+            remove_remote(address, removed)
+        _LOG.info("old versions removed: %s", ", ".join(removed) or "none")
     published = _published(committed, ledgers.paid, config.prices)
+    if address is not None:
+        published = replace(published, address=f"{address.rstrip('/')}/{published.version}")
     write_text(runtime.workspace.root / RUN_FILE, json.dumps(published.to_record(), indent=2))
     return published
+
+
+@dataclass(frozen=True, slots=True)
+class _Build:
+    """A version under construction. shards: its own ones; the base's come on top."""
+
+    folder: Path
+    base: Base | None
+    shards: Sequence[ShardInfo]
+    counts: Mapping[str, StageCount]
+    change: VersionChange
+    recipe: str
+    inputs: str
+
+    @property
+    def all_shards(self) -> list[ShardInfo]:
+        return [*(self.base.shards if self.base else ()), *self.shards]
 
 
 def _make_version(
     runtime: Runtime, markers: Mapping[str, Sequence[Marker]], benchmarks: Benchmarks | None, ledgers: Ledgers
 ) -> Committed:
     """Builds and commits a version, unless it would change nothing. The corpus folder is held."""
-    config, folder = runtime.config, corpus_folder(runtime.config)
+    config = runtime.config
     recipe = recipe_digest(config)
-    inputs = digest_of([marker.output for marker in markers[STAGES[0]]])
     lineage = digest_of(recipe, benchmarks.digest if benchmarks else "")
-    base = find_base(folder, name=config.name, lineage=lineage)
-    building = begin_version(folder, base)
+    base = find_base(corpus_folder(config), name=config.name, lineage=lineage)
+    build = _write_rows(runtime, markers, base, recipe)
+    if base and not build.change.is_news and not base.damage:
+        discard_build(build.folder)
+        return Committed(base.folder, base.manifest, is_new=False)
+    leaks = benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else []
+    _write_pages(runtime, build, markers, ledgers, leaks)
+    return commit_version(
+        build.folder,
+        name=config.name,
+        created=build.change.created,
+        recipe=recipe,
+        inputs=build.inputs,
+        shards=build.shards,
+        counts=build.counts,
+        lineage=lineage,
+        licence=config.corpus.licence,
+        base=base,
+    )
+
+
+def _write_rows(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], base: Base | None, recipe: str) -> _Build:
+    """Writes the shards of the rows that are new, the fate of every row that left, and the marks."""
+    config = runtime.config
+    building = begin_version(corpus_folder(config), base)
     run_shards = [marker.shard for marker in markers[LAST_STAGE]]
     news = find_news(_published_ids(base), (_ids(runtime, shard) for shard in run_shards))
     shards = write_shards(
@@ -158,32 +213,8 @@ def _make_version(
     counts[STAGE] = count_stage(num_rows, num_rows - len(unwritable), unwritable)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     change = version_change(building, shards, base, created=created)
-    if base and not change.is_news and not base.damage:
-        discard_build(building)
-        return Committed(base.folder, base.manifest, is_new=False)
-    _write_pages(
-        runtime,
-        building,
-        [*(base.shards if base else ()), *shards],
-        counts,
-        ledgers,
-        benchmarks.leaks(markers[DECONTAMINATION]) if benchmarks else [],
-        history=[*version_history(folder), change],
-        created=created,
-        recipe=recipe,
-        inputs=inputs,
-    )
-    return commit_version(
-        building,
-        name=config.name,
-        created=created,
-        recipe=recipe,
-        inputs=inputs,
-        shards=shards,
-        counts=counts,
-        lineage=lineage,
-        base=base,
-    )
+    inputs = digest_of([marker.output for marker in markers[STAGES[0]]])
+    return _Build(building, base, shards, counts, change, recipe, inputs)
 
 
 def _ids(runtime: Runtime, shard: str) -> pa.ChunkedArray:
@@ -263,57 +294,40 @@ def _all_fates(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], unwrit
 
 def _write_pages(
     runtime: Runtime,
-    building: Path,
-    shards: Sequence[ShardInfo],
-    counts: Mapping[str, StageCount],
+    build: _Build,
+    markers: Mapping[str, Sequence[Marker]],
     ledgers: Ledgers,
     leaks: Sequence[BenchmarkLeaks],
-    *,
-    history: Sequence[VersionChange],
-    created: str,
-    recipe: str,
-    inputs: str,
 ) -> None:
     """Writes card, report and figures into the version under construction."""
-    config = runtime.config
-    tally = tally_corpus(building)
-    version = next_version_name(building.parent)
-    teacher, reasoner = config.teacher.model, config.reasoner_endpoint.model
-    page, figures = build_report(
-        ReportInputs(
-            name=config.name,
-            version=version,
-            created=created,
-            recipe=recipe,
-            inputs=inputs,
-            teacher=teacher,
-            reasoner=reasoner,
-            stages=counts,
-            tally=tally,
-            costs=ledgers.costs,
-            paid=ledgers.paid,
-            prices=config.prices,
-            benchmarks=leaks,
-            rows=pick_rows(building),
-            fates=pick_fates(building / FATES, read_image=runtime.images.read),
-            num_marked=read_marks(building / MARKS).num_rows,
-        )
+    config, change = runtime.config, build.change
+    tally = tally_corpus(build.folder)
+    facts = ReportFacts(
+        version=change.version,
+        created=change.created,
+        recipe=build.recipe,
+        inputs=build.inputs,
+        counts=build.counts,
+        costs=ledgers.costs,
+        paid=ledgers.paid,
+        leaks=leaks,
+        shards=[marker.shard for marker in markers[LAST_STAGE]],
+        agreement=agreement_figures(runtime, build.folder, [marker.shard for marker in markers[DIFFICULTY]]),
     )
+    write_report(runtime, build.folder, facts, tally=tally)
     card = build_card(
         CardInputs(
             config.name,
-            version,
-            created,
+            change.version,
+            change.created,
             config.corpus.licence,
-            recipe,
-            teacher,
-            reasoner,
-            counts,
+            build.recipe,
+            config.teacher.model,
+            config.reasoner_endpoint.model,
+            build.counts,
             tally,
-            mode_sizes(shards),
-            history,
+            mode_sizes(build.all_shards),
+            [*version_history(build.folder.parent), change],
         )
     )
-    write_bytes(building / REPORT, page.encode("utf-8", "replace"))
-    write_bytes(building / FIGURES, json.dumps(figures, indent=2, ensure_ascii=False).encode("utf-8", "replace"))
-    write_bytes(building / CARD, card.encode("utf-8", "replace"))
+    write_bytes(build.folder / CARD, card.encode("utf-8", "replace"))

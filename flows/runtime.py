@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
@@ -46,6 +46,7 @@ class Runtime:
         self._server: serving.ServerHandle | None = None
         self._groups: dict[str, EndpointGroup] = {}
         self._opened: dict[str, asyncio.Task[None]] = {}
+        self._starting = asyncio.Lock()
 
     def __reduce__(self) -> tuple[type[Runtime], tuple[RunConfig]]:
         return (Runtime, (self.config,))
@@ -122,11 +123,13 @@ class Runtime:
 
     async def _open(self, endpoint: EndpointConfig) -> None:
         if self._is_served_here(endpoint):
-            await asyncio.to_thread(self._start_server, endpoint)
+            # Teachers of a panel may share the address, and are opened at the same time.
+            async with self._starting:
+                await asyncio.to_thread(self._start_server)
         await self.group(endpoint).check()
 
-    def _start_server(self, endpoint: EndpointConfig) -> None:
-        serve = self.config.serve
+    def _start_server(self) -> None:
+        serve, endpoint = self.config.serve, self.config.teacher
         assert serve is not None, "only called where vLLM is to be started"
         if not serving.is_answering(endpoint):
             logs = self.workspace.root / "logs"
@@ -276,15 +279,19 @@ class Asker:
 async def open_desk(runtime: Runtime, journal: Journal) -> AsyncIterator[tuple[Desk, list[Asker]]]:
     """Yields the desk for the rows of one shard, with the askers behind it; used in the runtime's event loop."""
     config = runtime.config
-    async with _asker(runtime, config.teacher, journal) as teacher:
-        if config.reasoner is None:
-            yield _desk(runtime, teacher, teacher), [teacher]
-            return
-        async with _asker(runtime, config.reasoner, journal) as reasoner:
-            yield _desk(runtime, teacher, reasoner), [teacher, reasoner]
+    async with AsyncExitStack() as opened:
+
+        async def asker(endpoint: EndpointConfig) -> Asker:
+            return await opened.enter_async_context(_asker(runtime, endpoint, journal))
+
+        teacher = await asker(config.teacher)
+        reasoner = teacher if config.reasoner is None else await asker(config.reasoner)
+        panel = [await asker(endpoint) for endpoint in config.difficulty.panel]
+        askers = [teacher, *([] if reasoner is teacher else [reasoner]), *panel]
+        yield _desk(runtime, teacher, reasoner, panel), askers
 
 
-def _desk(runtime: Runtime, teacher: Asker, reasoner: Asker) -> Desk:
+def _desk(runtime: Runtime, teacher: Asker, reasoner: Asker, panel: Sequence[Asker]) -> Desk:
     return Desk(
         runtime.config,
         teacher.ask,
@@ -293,6 +300,7 @@ def _desk(runtime: Runtime, teacher: Asker, reasoner: Asker) -> Desk:
         reasoner.ask,
         runtime.verifiers,
         runtime.plans,
+        [member.ask for member in panel],
     )
 
 

@@ -197,7 +197,9 @@ class _LabelledSample:
             for endpoint in asked:
                 for (sample_id, purpose), usage in endpoint.costs.items():
                     # The source of a row is known to whoever scales its costs.
-                    self.costs[sample_id][UsageKey(stage, purpose, "", endpoint.model)] = usage
+                    # Two teachers of a panel may be revisions of one model.
+                    key = UsageKey(stage, purpose, "", endpoint.model)
+                    self.costs[sample_id][key] = self.costs[sample_id].get(key, Usage()) + usage
 
 
 async def _label(

@@ -207,6 +207,10 @@ def prefect_environment(home: Path, api_url: str) -> dict[str, str]:
         # Without internet the server logs an error for every event that it cannot send; the client has its own switch.
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        # The newer UI asks an address of Amplitude from the reader's browser, whatever the switches above say. One
+        # click in the UI switches to it.
+        "PREFECT_SERVER_UI_V2_ENABLED": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,

@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import itemgetter
+from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from flows.accounting import AskedUsage, merged_costs
 from flows.decontaminating import DECONTAMINATION, Benchmarks, decontaminate
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
 from flows.removing import RemovalPlan, split_rows
 from flows.runtime import Runtime, open_desk
-from flows.work_rows import WorkRow, unlabelled_table, work_rows, work_table
+from flows.work_rows import Placed, WorkRow, labelled_table, passed_on, unlabelled_table, work_rows
 from flows.workspace import Marker, digest_of
+from judges.panel import num_verdicts_needed
 from schemas.config import EndpointConfig, RunConfig
+from schemas.errors import QuarantineExceeded
 from schemas.fates import Fate, fates_to_table
-from schemas.samples import samples_to_table
+from schemas.samples import Kind, samples_to_table
 from schemas.usage import Usage, UsageKey, merged_ledgers
+from schemas.verdicts import Mode
 from sources import Unit, read_unit
 from teacher.journal import Journal
 
@@ -44,6 +52,13 @@ LABELLING: dict[str, Label] = {
 }
 STAGES = (SOURCES, DECONTAMINATION, DUPLICATES, *list(LABELLING)[:-1], TRACES, "answers")
 """In order. The corpus stage that follows is `flows.publishing`."""
+
+_CONCERNED: dict[str, tuple[str, str]] = {
+    "difficulty": ("kind", Kind.SUBJECTIVE),
+    "performance": ("kind", Kind.OBJECTIVE),
+    "reasoning": ("mode", Mode.THINK),
+}
+"""The column, and its value, of the rows that a stage looks at; all others pass it unchanged."""
 
 STAGE_TITLES = {
     SOURCES: "read the sources",
@@ -98,6 +113,11 @@ def recipe_digest(config: RunConfig) -> str:
     return digest_of(RECIPE_VERSION, [_recipe_of(stage, config) for stage in STAGES])
 
 
+def changed_stages(config: RunConfig, other: RunConfig) -> list[str]:
+    """Returns the stages whose recipes differ between two configurations, in order."""
+    return [stage for stage in STAGES if _recipe_of(stage, config) != _recipe_of(stage, other)]
+
+
 def stage_digest(stage: str, config: RunConfig, inputs: object) -> str:
     """Returns the digest of a stage's output: its recipe and what it reads."""
     return digest_of(RECIPE_VERSION, stage, _recipe_of(stage, config), inputs)
@@ -111,7 +131,7 @@ def _recipe_of(stage: str, config: RunConfig) -> list[object]:
         DECONTAMINATION: [config.decontamination.model_dump(exclude={"max_pairs"})],
         DUPLICATES: [config.duplicates.model_dump()],
         "routing": [config.routing.model_dump(), teacher],
-        "difficulty": [config.difficulty.model_dump(), teacher],
+        "difficulty": [config.difficulty.model_dump(include={"threshold"}), teacher, *_panel_recipe(config)],
         # How samples are grouped into calls changes what they cost, never label or evidence.
         "performance": [
             config.performance.model_dump(exclude={"waves", "prompt_token_cost", "cached_token_cost"}),
@@ -130,6 +150,12 @@ def _recipe_of(stage: str, config: RunConfig) -> list[object]:
         "answers": [config.direct.model_dump(), teacher, config.seed],
     }
     return recipes[stage]
+
+
+def _panel_recipe(config: RunConfig) -> list[object]:
+    """Returns what shapes a vote of several teachers; nothing where the teacher judges alone."""
+    settings = config.difficulty
+    return [settings.vote, num_verdicts_needed(settings), *map(_identity, settings.panel)] if settings.panel else []
 
 
 def _identity(endpoint: EndpointConfig) -> list[object]:
@@ -201,7 +227,10 @@ def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress
     if marker is not None:
         progress.skip(marker.count.num_in)
         return marker
-    rows = work_rows(workspace.read_rows(before.stage, before.shard))
+    table = workspace.read_rows(before.stage, before.shard)
+    places = concerned_places(stage, table)
+    rows = work_rows(table.take(pa.array(places)))
+    progress.advance(table.num_rows - len(rows))
     # Opened and closed here, as both wait for the disk, which would hold up the loop.
     with Journal(workspace.journal_path(stage, before.shard)) as journal:
         results, asked = runtime.run(label_rows(runtime, stage, journal, rows, advance=progress.advance))
@@ -211,11 +240,27 @@ def label_shard(runtime: Runtime, stage: str, before: Marker, progress: Progress
         stage,
         before.shard,
         digest=digest,
-        num_in=len(rows),
-        rows=work_table(result for result in results if isinstance(result, WorkRow)),
+        num_in=table.num_rows,
+        rows=passed_on(table, places, kept_rows(table, places, results)),
         fates=fates_to_table(result for result in results if isinstance(result, Fate)),
-        usage=merged_costs(asked, stage, _source_of(rows)),
+        usage=merged_costs(asked, stage, source_of(rows)),
     )
+
+
+def concerned_places(stage: str, table: pa.Table) -> NDArray[np.int64]:
+    """Returns the places of the rows that a labelling stage looks at; all others pass it unchanged."""
+    if stage not in _CONCERNED:
+        return np.arange(table.num_rows)
+    column, value = _CONCERNED[stage]
+    is_concerned = pc.fill_null(pc.equal(table[column], pa.scalar(str(value))), False)
+    return np.flatnonzero(is_concerned.to_numpy())
+
+
+def kept_rows(table: pa.Table, places: NDArray[np.int64], results: Sequence[object]) -> Placed:
+    """Returns the rows among the results of a stage. places: in the table, of the row that each result is of."""
+    kept = [(place, result) for place, result in zip(places, results, strict=True) if isinstance(result, WorkRow)]
+    of_kept = np.array([place for place, _ in kept], np.int64)
+    return of_kept, labelled_table(table, of_kept, [row for _, row in kept])
 
 
 async def label_rows(
@@ -225,7 +270,7 @@ async def label_rows(
 
     rows: all or some of one shard. Raises as `label_shard` does.
     """
-    label, source = LABELLING[stage], _source_of(rows)
+    label, source = LABELLING[stage], source_of(rows)
 
     async def label_one(row: WorkRow, desk: Desk) -> WorkRow | Fate:
         result = await label(row, desk)
@@ -247,6 +292,23 @@ async def label_rows(
         return results, [asker.usage for asker in askers]
 
 
+def check_quarantine(
+    config: RunConfig, markers: Mapping[str, Sequence[Marker]], stage: str, *, num_rows: int, folder: Path
+) -> None:
+    """Raises QuarantineExceeded: more than the configured share of all rows is quarantined so far.
+
+    markers: of the stages done, the given one being the last. num_rows: of all sources. folder: holds `stages`.
+    """
+    quarantined = sum((marker.count.quarantined for done in markers.values() for marker in done), Counter[str]())
+    if quarantined.total() > config.max_quarantine_share * num_rows:
+        listed = ", ".join(f"{number} {reason}" for reason, number in sorted(quarantined.items()))
+        raise QuarantineExceeded(
+            f"after stage {stage}, {quarantined.total()} of {num_rows} rows are quarantined ({listed}), more than "
+            f"max_quarantine_share = {config.max_quarantine_share}. See {folder}/stages/{stage}/*.fates.parquet for "
+            "each row's reason; fix the input or raise the share"
+        )
+
+
 async def all_or_none(work: Iterable[asyncio.Task[_Result]]) -> list[_Result]:
     """Returns the results of all tasks in order; after an error or a cancellation none of them runs on."""
     tasks = list(work)
@@ -259,6 +321,6 @@ async def all_or_none(work: Iterable[asyncio.Task[_Result]]) -> list[_Result]:
         raise
 
 
-def _source_of(rows: Sequence[WorkRow]) -> str:
+def source_of(rows: Sequence[WorkRow]) -> str:
     """Returns the source of a shard's rows; "" if it has none."""
     return rows[0].sample.source if rows else ""

@@ -38,6 +38,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed
 from prefect.tasks import Task
 
+from corpus.places import is_address
 from corpus.storage import append_json_line, storage_errors
 from corpus.versions import verify_version
 from flows import stack
@@ -45,13 +46,14 @@ from flows.training_plan import (
     Step,
     TrainingPlan,
     check_settings,
+    keep_version,
     load_training,
     plan_training,
     program_of,
     render_plan,
 )
 from flows.training_process import LineReader, Metrics, Program, ProgramCrashed, run_supervised
-from schemas.errors import Interrupted
+from schemas.errors import ConfigError, Interrupted, StorageError
 from schemas.training_config import ProgramName
 
 INTERRUPTED = "Interrupted"
@@ -99,6 +101,10 @@ def train(
             if announced is not None and settings.trigger.approval and (refusal := _ask(plan)):
                 return _nothing_done(refusal)
             verify_version(plan.corpus)
+            try:
+                keep_version(plan)
+            except (ConfigError, StorageError) as error:
+                logger.warning("%s is not kept from being removed during this run: %s", plan.corpus, error)
             waiting = [step for step in plan.selected if step.result() is None]
             for step in waiting if len(waiting) > 1 else []:  # a wrong setting of the last shows now, not hours later
                 check_settings(step, plan)
@@ -114,10 +120,18 @@ def train(
     return _announce(plan)
 
 
+def _is_version_of(version: str, corpus: str) -> bool:
+    """Whether a version is one of a corpus, or beside the version that is named in its place."""
+    if is_address(version) or is_address(corpus):
+        return version.rstrip("/").rpartition("/")[0] in {corpus.rstrip("/"), corpus.rstrip("/").rpartition("/")[0]}
+    ours = Path(corpus).resolve()
+    return Path(version).resolve().parent in {ours, ours.parent}
+
+
 def _reason_to_wait(plan: TrainingPlan, announced: str) -> str | None:
     """Returns why a new version starts no training, or None if it does."""
-    ours = Path(plan.config.corpus).resolve()
-    if Path(announced).resolve().parent not in {ours, ours.parent}:
+    ours = plan.config.corpus
+    if not _is_version_of(announced, ours):
         return f"the new version {announced} is not of the corpus that this configuration trains on, {ours}"
     threshold = plan.config.trigger.min_new_rows
     if plan.num_new_rows < threshold:

@@ -19,8 +19,11 @@ from typing import Any
 
 import yaml
 
+from corpus.keeping import Pin, pin_version
+from corpus.places import is_address
+from corpus.remote import local_version
 from corpus.storage import read_json, storage_errors, write_text
-from corpus.versions import Manifest, find_version, load_manifest
+from corpus.versions import Manifest, load_manifest
 from flows.stack import project_folder
 from flows.supervisor import MARK
 from flows.training_process import Program
@@ -122,6 +125,23 @@ class TrainingPlan:
         write_text(Path(self.config.output) / TRAINED_FILE, json.dumps(record, indent=2) + "\n")
 
 
+def keep_version(plan: TrainingPlan) -> None:
+    """Pins the version for each program that has not finished, until its result is there.
+
+    So the removal of old versions leaves it alone, also while the run is stopped. Raises StorageError, ConfigError: it
+    cannot be pinned, as the corpus is read-only here or the version lies by itself.
+    """
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    for step in plan.selected:
+        if step.result() is None:
+            with storage_errors(step.folder, "make"):
+                step.folder.mkdir(parents=True, exist_ok=True)
+            why = f"{step.program} of {plan.config.name} trains on it"
+            until = str((step.folder / RESULT_FILE).resolve())
+            pin = Pin(plan.corpus.name, f"train-{step.folder.name}", why, since, until)
+            pin_version(plan.corpus.parent, pin)
+
+
 def load_training(config: str) -> TrainingConfig:
     """Returns the training configuration of a file, its own addresses made absolute from the project folder.
 
@@ -131,22 +151,22 @@ def load_training(config: str) -> TrainingConfig:
     path = Path(config)
     loaded = load_training_config(path if path.is_absolute() or path.exists() else home / path)
     model = str(home / loaded.model) if (home / loaded.model).exists() else loaded.model
-    return loaded.model_copy(
-        update={"model": model, "corpus": str(home / loaded.corpus), "output": str(home / loaded.output)}
-    )
+    corpus = loaded.corpus if is_address(loaded.corpus) else str(home / loaded.corpus)
+    return loaded.model_copy(update={"model": model, "corpus": corpus, "output": str(home / loaded.output)})
 
 
 def plan_training(
     config: TrainingConfig, *, only: ProgramName | None = None, corpus: str | None = None
 ) -> TrainingPlan:
-    """Returns what a run with this configuration does. Touches nothing.
+    """Returns what a run with this configuration does. Touches nothing, but for a version at an address: it is fetched.
 
     only: run this program alone; those before it must have finished. corpus: instead of the configured one.
 
     Raises ConfigError: there is no finished corpus version, or `only` cannot run. CorpusError: its manifest is damaged.
     """
-    chosen = Path(corpus or config.corpus)
-    version = find_version(chosen if chosen.exists() else project_folder() / chosen)
+    chosen = corpus or config.corpus
+    is_here = is_address(chosen) or Path(chosen).exists()
+    version = local_version(chosen if is_here else project_folder() / chosen)
     manifest = load_manifest(version)
     steps = tuple(_steps(config, version, manifest))
     selected = steps if only is None else tuple(step for step in steps if step.program == only)

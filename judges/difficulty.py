@@ -24,13 +24,25 @@ def difficulty_request(sample: Sample) -> TeacherRequest:
     return TeacherRequest(sample.id, PURPOSE, messages, Sampling(max_tokens=8), choices=_WORDS)
 
 
-def difficulty_decision(reply: Reply, config: DifficultyConfig) -> Decision | None:
-    """Returns the mode with its probability, or None if the reply is neither yes nor no."""
+def reasoning_probability(reply: Reply) -> float | None:
+    """Returns the probability that reasoning is needed, or None if the reply is neither yes nor no.
+
+    Where the endpoint gives no logprobs it is 1 or 0.
+    """
     word = read_word(reply, _WORDS)
     if word is None:
         return None
     probability = word_probability(reply, "yes", _WORDS)
-    if probability is None:
-        probability = 1.0 if word == "yes" else 0.0
+    return probability if probability is not None else 1.0 if word == "yes" else 0.0
+
+
+def decision_at(probability: float, config: DifficultyConfig) -> Decision:
+    """Returns the mode of a question that needs reasoning with a probability."""
     mode = Mode.THINK if probability >= config.threshold else Mode.DIRECT
     return Decision(mode, Heuristic.DIFFICULTY, probability=probability)
+
+
+def difficulty_decision(reply: Reply, config: DifficultyConfig) -> Decision | None:
+    """Returns the mode with its probability, or None if the reply is neither yes nor no."""
+    probability = reasoning_probability(reply)
+    return None if probability is None else decision_at(probability, config)

@@ -189,6 +189,28 @@ class DifficultyConfig(_Section):
     """The difficulty heuristic for subjective rows."""
 
     threshold: Share = Field(0.5, description="Rows whose probability of needing reasoning is at least this think.")
+    panel: list[EndpointConfig] = Field(
+        default_factory=list,
+        description="Further teachers that vote beside the main one on every open question, each described like it.",
+    )
+    vote: Literal["majority", "unanimous", "any", "mean"] = Field(
+        "majority",
+        description="Which probability of the panel is held against the threshold: the median (so the majority of "
+        "votes; a tie goes by the mean of the two in the middle), the lowest (all must say yes), the highest (one is "
+        "enough) or the mean. Verdicts that are missing do not count.",
+    )
+    quorum: Positive | None = Field(
+        None,
+        description="Fewest verdicts that settle a row; by default more than half of all teachers. A call that fails "
+        "leaves a verdict out; a teacher that cannot be reached at all stops the run.",
+    )
+
+    @model_validator(mode="after")
+    def _quorum_can_be_met(self) -> DifficultyConfig:
+        num_teachers = 1 + len(self.panel)
+        if self.quorum is not None and self.quorum > num_teachers:
+            raise ValueError(f"quorum = {self.quorum}, but only {num_teachers} teacher(s) vote")
+        return self
 
 
 class PerformanceConfig(_Section):
@@ -272,9 +294,16 @@ class DirectConfig(_Section):
 class CorpusConfig(_Section):
     """The product."""
 
-    folder: str | None = Field(None, description="Where versions go; `corpus` in the work folder by default.")
+    folder: str | None = Field(
+        None,
+        description="Where versions go: a folder (`corpus` in the work folder by default), or an address such as "
+        "s3://bucket/corpus, to which each is sent from there.",
+    )
     shard_rows: Positive = Field(5000, description="Rows per Parquet file.")
     licence: str = Field("other", description="Licence named in the dataset card.")
+    keep_versions: Positive | None = Field(
+        None, description="After a new version, remove all but so many; pinned ones and those in use stay."
+    )
 
 
 class ModelPrices(_Section):
@@ -342,9 +371,25 @@ class RunConfig(_Section):
             raise ValueError(f"source names must be unique, got {names}")
         return self
 
+    @model_validator(mode="after")
+    def _teachers_of_the_panel_differ(self) -> RunConfig:
+        shaped_by = [(teacher.model, teacher.revision, teacher.extra_body) for teacher in self.difficulty_endpoints]
+        for place, identity in enumerate(shaped_by):
+            if identity in shaped_by[:place]:
+                raise ValueError(
+                    f"difficulty.panel asks {identity[0]!r} twice with the same revision and extra_body: both would "
+                    "share one stored reply, so it would vote twice"
+                )
+        return self
+
     @property
     def reasoner_endpoint(self) -> EndpointConfig:
         return self.reasoner or self.teacher
+
+    @property
+    def difficulty_endpoints(self) -> list[EndpointConfig]:
+        """All that vote on difficulty, the main teacher first."""
+        return [self.teacher, *self.difficulty.panel]
 
 
 def load_config(path: str | Path) -> RunConfig:

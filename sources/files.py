@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from schemas.errors import SourceError
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
 _GLOB_CHARACTERS = frozenset("*?[")
+_READ_AHEAD_BYTES = 8 * 2**20
+"""What is asked of an object store at once where a file is read from its beginning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +104,34 @@ def local_folder(path: str) -> Path | None:
     return Path(root).parent if _is_local(filesystem) else None
 
 
-@contextlib.contextmanager
-def open_raw(path: str) -> Iterator[IO[bytes]]:
-    """Opens a file for reading, wherever it is."""
+def is_folder(path: str) -> bool:
+    """Whether a path or an address is a folder that is there."""
+    filesystem, root = fsspec.core.url_to_fs(path if is_address(path) else str(Path(path).expanduser()))
+    return bool(filesystem.isdir(root))
+
+
+def folder_address(path: str) -> str:
+    """Returns the address of the folder that a file elsewhere lies in."""
     filesystem, root = fsspec.core.url_to_fs(path)
-    # fsspec's own wrapper of local files reads lines several times slower.
-    with open(root, "rb") if _is_local(filesystem) else filesystem.open(root, "rb") as stream:
-        yield stream
+    return str(filesystem.unstrip_protocol(root.rpartition("/")[0]))
+
+
+@contextlib.contextmanager
+def open_raw(path: str, *, jumps: bool = False) -> Iterator[IO[bytes]]:
+    """Opens a file for reading, wherever it is.
+
+    jumps: whether it is read here and there, in steps that the reader chooses. An object store is then asked for those
+    alone; reading ahead would fetch a Parquet file many times over, as its columns are read in turns.
+    """
+    filesystem, root = fsspec.core.url_to_fs(path)
+    if _is_local(filesystem):
+        with open(root, "rb") as stream:  # fsspec's own wrapper of local files reads lines several times slower.
+            yield stream
+        return
+    cache = {"cache_type": "none"} if jumps else {"block_size": _READ_AHEAD_BYTES}
+    # fsspec's streams read lines of any length; the buffered reader knows how to stop.
+    with filesystem.open(root, "rb", **cache) as stream, io.BufferedReader(stream) as buffered:
+        yield buffered
 
 
 @contextlib.contextmanager
@@ -130,6 +154,17 @@ def reading(source: str, path: str) -> Iterator[None]:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise SourceError(f"source {source}: {path} is a damaged or truncated gzip file: {error}") from error
-    except (OSError, ImportError, ValueError) as error:
+    except storage_failures() as error:  # looked up when something is raised: s3fs is loaded by then
         detail = getattr(error, "strerror", None) or str(error)
         raise SourceError(f"source {source}: cannot read {path}: {detail}") from error
+
+
+def storage_failures() -> tuple[type[Exception], ...]:
+    """Returns what file systems raise: OSError, an unknown protocol or a missing library, and what botocore adds.
+
+    Missing credentials and an endpoint that cannot be reached are no OSErrors in botocore. It is looked at only where
+    s3fs has loaded it.
+    """
+    botocore: Any = sys.modules.get("botocore.exceptions")
+    extra = () if botocore is None else (botocore.BotoCoreError, botocore.ClientError)
+    return (OSError, ImportError, ValueError, *extra)

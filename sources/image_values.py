@@ -1,24 +1,29 @@
-"""A raw image value -> encoded bytes. Nothing is fetched from an address, and no path leaves the root.
+"""A raw image value -> encoded bytes. Nothing is fetched from an address that data names, and no path leaves the root.
 
-A value is a path, bytes, a data URL, base64 text, {"bytes": ..., "path": ...} (the Image feature of `datasets`), or a
-list of these, also written as a JSON list inside a string.
+The root may itself be an address, if the configuration names one, or the source lies at one: paths are then relative
+to it. A value is a path, bytes, a data URL, base64 text, {"bytes": ..., "path": ...} (the Image feature of `datasets`),
+or a list of these, also written as a JSON list inside a string.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from schemas.errors import RowError
+import fsspec
+
+from schemas.errors import RowError, SourceError
+from sources.files import local_folder, storage_failures
 from sources.text import describe, is_missing
 
 MAX_IMAGES = 64
@@ -33,17 +38,25 @@ _MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM
 
 @dataclass(frozen=True, slots=True)
 class ImageRoots:
-    """Where image paths may lead. base: what relative paths start from; None if the source is not on a local disk.
+    """Where image paths may lead.
 
-    allowed: resolved folders that no path may leave.
+    base: what relative paths start from; None if it is no local folder. allowed: resolved folders that no path may
+    leave. address: where `base` is None, the fsspec address of the folder that takes its place, "" if there is none.
     """
 
     base: Path | None
     allowed: tuple[Path, ...]
+    address: str = ""
 
     @classmethod
     def at(cls, base: Path, *further: Path) -> ImageRoots:
         return cls(base, tuple(Path(os.path.realpath(folder)) for folder in (base, *further)))
+
+    @classmethod
+    def at_address(cls, address: str) -> ImageRoots:
+        """Returns the roots of a folder at an fsspec address; one that leads to a local disk is a local folder."""
+        folder = local_folder(f"{address.rstrip('/')}/image")
+        return cls(None, (), address.rstrip("/")) if folder is None else cls.at(folder)
 
 
 def encoded_images(value: Any, *, roots: ImageRoots, max_bytes: int) -> Iterator[bytes]:
@@ -52,7 +65,7 @@ def encoded_images(value: Any, *, roots: ImageRoots, max_bytes: int) -> Iterator
     max_bytes: checked before anything is read or decoded.
 
     Raises RowError: `image_address_not_fetched`, `image_outside_root`, `image_missing`, `image_too_large_bytes`,
-    `image_unreadable`, `too_many_images`.
+    `image_unreadable`, `too_many_images`. Raises SourceError: the object store that holds the images fails.
     """
     values = list(_flattened(value))
     if len(values) > MAX_IMAGES:
@@ -102,7 +115,7 @@ def _encoded(value: Any, roots: ImageRoots, max_bytes: int) -> bytes:
         raise RowError("image_address_not_fetched", f"the image is the address {text[:200]!r}; download it beforehand")
     if _is_base64(text):
         return _from_base64(text, max_bytes)
-    return _read_below_roots(text, roots, max_bytes)
+    return _read_at_address(text, roots, max_bytes) if roots.address else _read_below_roots(text, roots, max_bytes)
 
 
 def _check_size(num_bytes: int, max_bytes: int) -> None:
@@ -143,6 +156,29 @@ def _from_base64(text: str, max_bytes: int) -> bytes:
         return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise RowError("image_unreadable", f"the base64 text {text[:40]!r} cannot be decoded: {error}") from error
+
+
+def _read_at_address(name: str, roots: ImageRoots, max_bytes: int) -> bytes:
+    """Reads an object below the address; one question to the store, and no more than `max_bytes` + 1 bytes.
+
+    An object store knows no links, but some servers resolve "..", so a path with one is not asked for. That an image
+    is missing is a matter of its row; that the store fails concerns all of them.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise RowError("image_outside_root", f"the image path {name[:200]!r} leaves {roots.address}")
+    try:
+        # Only the configured address is read as one: "::" in a path of data would name another file system.
+        filesystem, root = fsspec.core.url_to_fs(roots.address)
+        encoded = bytes(filesystem.cat_file(f"{root}/{path}", start=0, end=max_bytes + 1))
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise RowError("image_missing", f"the image {name[:200]!r} is not at {roots.address}") from error
+    except storage_failures() as error:
+        if getattr(error, "errno", None) == errno.EINVAL:  # an empty object has no first byte to begin with
+            return b""
+        raise SourceError(f"cannot read the image {name[:200]!r} at {roots.address}: {error}") from error
+    _check_size(len(encoded), max_bytes)
+    return encoded
 
 
 def _read_below_roots(name: str, roots: ImageRoots, max_bytes: int) -> bytes:

@@ -97,7 +97,7 @@ def _identity(parquet: pq.ParquetFile, path: str) -> str:
 @contextlib.contextmanager
 def _opened(source: str, path: str) -> Iterator[pq.ParquetFile]:
     """Opens a file; turns what goes wrong while it is read into a SourceError that names source and file."""
-    with reading(source, path), open_raw(path) as stream:
+    with reading(source, path), open_raw(path, jumps=True) as stream:
         try:
             yield pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:

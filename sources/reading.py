@@ -15,7 +15,17 @@ from schemas.fates import Fate
 from schemas.samples import Sample
 from sources import hub, json_rows, parquet
 from sources.columns import ColumnWatch, Row, mapped_columns, missing_column, top_level_columns
-from sources.files import JSON_SUFFIXES, PARQUET_SUFFIXES, SourceFile, find_files, local_folder
+from sources.files import (
+    JSON_SUFFIXES,
+    PARQUET_SUFFIXES,
+    SourceFile,
+    find_files,
+    folder_address,
+    is_address,
+    is_folder,
+    local_folder,
+    reading,
+)
 from sources.image_values import ImageRoots
 from sources.images import ImageStore
 from sources.outcomes import row_outcome, storable
@@ -85,8 +95,11 @@ def _check_settings(source: SourceConfig) -> None:
             raise ConfigError(
                 f"source {source.name}: answer_pattern {source.answer_pattern!r} needs a group around the answer"
             )
-    if source.image_root is not None and not Path(source.image_root).expanduser().is_dir():
-        raise SourceError(f"source {source.name}: image_root {source.image_root} is not a folder")
+    if source.image_root is not None:
+        with reading(source.name, source.image_root):
+            is_there = is_folder(source.image_root)
+        if not is_there:
+            raise SourceError(f"source {source.name}: image_root {source.image_root} is not a folder")
 
 
 def _plan_source(source: SourceConfig, shard_rows: int) -> Iterator[Unit]:
@@ -189,9 +202,11 @@ def _image_roots(source: SourceConfig, unit: Unit) -> ImageRoots:
     The files that `datasets` itself unpacked are allowed besides.
     """
     own = hub.image_folders(source) if source.format == "datasets" else []
+    if source.image_root is not None and is_address(source.image_root):
+        return ImageRoots.at_address(source.image_root)
     if source.image_root is not None:
         return ImageRoots.at(Path(source.image_root).expanduser(), *own)
     if own:
         return ImageRoots.at(*own)
     folder = local_folder(unit.path)
-    return ImageRoots.at(folder) if folder is not None else ImageRoots(None, ())
+    return ImageRoots.at(folder) if folder is not None else ImageRoots.at_address(folder_address(unit.path))

@@ -20,7 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from schemas.errors import StorageError
@@ -63,6 +65,12 @@ A file of an earlier version may lack some: a reply has the default of its field
 """
 _REPLY_FIELDS = [field.name for field in fields(Reply)]
 _REPLY_COLUMNS = [*_REPLY_FIELDS, "exact_record"]
+_LONG_COLUMNS = ("text", "reasoning")
+_PLAIN_COLUMNS = [name for name in _REPLY_FIELDS if name not in {*_LONG_COLUMNS, "top_logprobs"}]
+_COST_COLUMNS = [
+    *("sample_id", "purpose", "index", "choice", "num_attempts"),
+    *("prompt_tokens", "completion_tokens", "cached_tokens", "seconds"),
+]
 _REPEATED_COLUMNS = ["purpose", "sample_id", "messages", "images.list.element", "finish_reason", "model"]
 # Statistics hold whole values: those of long texts would double the file.
 _MEASURED_COLUMNS = [name for name in SCHEMA.names if name not in {"messages", "text", "reasoning", "exact_record"}]
@@ -84,7 +92,7 @@ class CompactedReplies:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._columns: dict[str, pa.Array] | None = None
+        self._columns: _ReplyColumns | None = None
         check_whole(path)
         with _parquet_errors(self.path):
             self._file = pq.ParquetFile(path, page_checksum_verification=True)
@@ -97,16 +105,21 @@ class CompactedReplies:
         """Yields the key (32 bytes) of each row in order."""
         with _parquet_errors(self.path):
             for batch in self._file.iter_batches(columns=["key"], use_threads=False):
-                for key in batch.column(0).to_pylist():
-                    yield bytes.fromhex(key)
+                yield from map(bytes.fromhex, batch.column(0).to_pylist())
+
+    def without_texts(self) -> pa.Table:
+        """Returns the columns that say whose replies there are and what they cost, a row for each reply."""
+        with _parquet_errors(self.path):
+            return self._file.read(columns=_COST_COLUMNS, use_threads=False)
 
     def reply(self, row: int) -> Reply:
         with self._lock:
             if self._columns is None:
                 with _parquet_errors(self.path):
                     table = self._file.read(columns=_REPLY_COLUMNS, use_threads=False)
-                self._columns = {name: table.column(name).combine_chunks() for name in table.column_names}
-        return _reply({name: column[row].as_py() for name, column in self._columns.items()})
+                self._columns = _ReplyColumns(table)
+            columns = self._columns
+        return columns.reply(row)
 
     def records(self) -> Iterator[JournalRecord]:
         """Yields every record in order, a row group at a time."""
@@ -121,6 +134,40 @@ class CompactedReplies:
         self._file.close(force=True)
 
 
+class _ReplyColumns:
+    """The columns of replies, from which one reply after the other is made.
+
+    Long texts stay in Arrow until they are asked for. All else becomes Python values at once, by column, which takes a
+    tenth of the time that it takes value by value.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        columns = {name: _one_array(table.column(name)) for name in table.column_names}
+        self._long = {name: columns[name] for name in _LONG_COLUMNS if name in columns}
+        self._exact = columns["exact_record"]
+        self._has_exact = self._exact.null_count < len(self._exact)
+        plain = {name: columns[name].to_pylist() for name in _PLAIN_COLUMNS if name in columns}
+        self._names, self._plain = tuple(plain), list(zip(*plain.values(), strict=True))
+        logprobs = columns["top_logprobs"]
+        pairs = logprobs.flatten()
+        self._pairs = list(zip(*(pairs.field(name).to_pylist() for name in ("token", "logprob")), strict=True))
+        lengths = pc.fill_null(pc.list_value_length(logprobs), 0).to_numpy()
+        self._starts = [0, *np.cumsum(lengths).tolist()]
+
+    def reply(self, row: int) -> Reply:
+        if self._has_exact and self._exact[row].is_valid:
+            return parsed_record(self._exact[row].as_py()).reply
+        return Reply(
+            **{name: column[row].as_py() for name, column in self._long.items()},
+            **dict(zip(self._names, self._plain[row], strict=True)),
+            top_logprobs=tuple(self._pairs[self._starts[row] : self._starts[row + 1]]),
+        )
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays([pa.array([], column.type), *column.chunks])
+
+
 def write_compacted(folder: Path, number: int, records: Iterable[JournalRecord]) -> Path:
     """Writes the compacted file of an attempt, whole or not at all, and returns its path.
 
@@ -128,10 +175,15 @@ def write_compacted(folder: Path, number: int, records: Iterable[JournalRecord])
 
     Raises StorageError: another run has taken over, or the disk refuses.
     """
+    return write_compacted_tables(folder, number, _row_groups(records))
+
+
+def write_compacted_tables(folder: Path, number: int, row_groups: Iterable[pa.Table]) -> Path:
+    """Does what `write_compacted` does with records that are tables with `SCHEMA` already, each one row group."""
     temporary = temporary_path(folder, number)
     with storage_errors("write", temporary):
         try:
-            _write_parquet(temporary, records)
+            _write_parquet(temporary, row_groups)
             reach("compact-before-fsync")
             checksum = _synced_crc32(temporary)
             reach("compact-after-fsync")
@@ -151,8 +203,13 @@ def table_of(records: Iterable[JournalRecord]) -> pa.Table:
     return pa.Table.from_pylist([_row(record) for record in records], schema=SCHEMA)
 
 
-def _write_parquet(path: Path, records: Iterable[JournalRecord]) -> None:
+def _row_groups(records: Iterable[JournalRecord]) -> Iterator[pa.Table]:
     remaining = iter(records)
+    while rows := list(islice(remaining, _ROW_GROUP_ROWS)):
+        yield table_of(rows)
+
+
+def _write_parquet(path: Path, row_groups: Iterable[pa.Table]) -> None:
     with pq.ParquetWriter(
         path,
         SCHEMA,
@@ -161,8 +218,8 @@ def _write_parquet(path: Path, records: Iterable[JournalRecord]) -> None:
         write_statistics=_MEASURED_COLUMNS,
         write_page_checksum=True,
     ) as writer:
-        while rows := list(islice(remaining, _ROW_GROUP_ROWS)):
-            writer.write_table(table_of(rows))
+        for table in row_groups:
+            writer.write_table(table)
 
 
 def _synced_crc32(path: Path) -> int:

@@ -24,6 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
+import pyarrow as pa
+
 from schemas.errors import StorageError
 from schemas.requests import Reply, TeacherRequest
 from teacher import frames
@@ -186,6 +188,18 @@ class Journal:
             raise StorageError(f"cannot read the journal {self.folder}: it is closed")
         with storage_errors("read the journal", self.folder):
             return self._view.reply(bytes.fromhex(key))
+
+    def stored(self) -> pa.Table | None:
+        """Returns whose replies are stored and what they cost (`CompactedReplies.without_texts`).
+
+        None unless all are compacted: then the columns are there to be read.
+
+        Raises StorageError: if the disk refuses to be read.
+        """
+        view = self._view
+        if view.compacted is None or view.sources != [view.compacted]:
+            return None
+        return view.compacted.without_texts()
 
     def append(self, key: str, request: TeacherRequest, reply: Reply) -> Reply:
         """Stores the reply and returns when it is on the disk. Returns the reply that stays: the first under its key.

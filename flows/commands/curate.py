@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,7 @@ EXAMPLES = examples(
     "bimode curate --config my.yaml",
     "bimode curate --config my.yaml --dry-run --sample 50",
     "bimode curate --config my.yaml --teacher-url http://gpu-1:8000/v1",
+    "bimode curate --config my.yaml --wait",
 )
 
 
@@ -42,13 +43,20 @@ def curate(
             help="With --dry-run: really ask about so many rows and scale what they cost; the run reuses the replies.",
         ),
     ] = 0,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Wait for a run that is at work in the same folder instead of giving up.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Curate a bi-mode corpus. Killed and started again, it goes on where it was."""
+    """Curate a bi-mode corpus. Killed and started again, it goes on where it was.
+
+    Two runs never work in one folder: the second names the first and gives up with exit status 6, or waits. Where
+    nothing is new, no version is made, and nothing is paid.
+    """
     prepare_prefect()
     from flows.curate import curate as curate_flow  # noqa: PLC0415 - Prefect takes seconds to import
-    from flows.curate import load_run  # noqa: PLC0415
     from flows.estimate import estimate_run, render_estimate  # noqa: PLC0415
+    from flows.run_config import load_run  # noqa: PLC0415
 
     with user_errors():
         if sample and not dry_run:
@@ -58,5 +66,10 @@ def curate(
             estimate = estimate_run(settings, num_sampled=sample)
             print(json.dumps(estimate.to_record(), indent=2) if as_json else render_estimate(estimate))
             return
-        result = curate_flow(str(config.resolve()), teacher_url=teacher_url, workdir=workdir)
-        print_json(result) if as_json else print(result_text(result))
+        result: Any = curate_flow(str(config.resolve()), teacher_url=teacher_url, workdir=workdir, wait=wait)
+        if as_json:
+            print_json(result)
+            return
+        if not result["is_new"]:
+            print(f"no news: {result['version']} stays the newest version")
+        print(result_text(result))

@@ -194,16 +194,23 @@ class VerifierPool:
         return [future.result() for future in [self._submit(item) for item in items]]
 
     async def verify_async(self, reply_text: str, sample: Sample, *, is_truncated: bool = False) -> Verdict:
-        """Returns the verdict on one reply without blocking the event loop; call it for many replies at once."""
-        return await asyncio.wrap_future(self._submit((reply_text, sample, is_truncated)))
+        """Returns the verdict on one reply without blocking the event loop; call it for many replies at once.
+
+        A verdict that needs no formula is returned without waiting for the loop's next turn.
+        """
+        decided = _decide((reply_text, sample, is_truncated), self._config)
+        return decided if isinstance(decided, Verdict) else await asyncio.wrap_future(self._begin(decided))
 
     def _submit(self, item: Item) -> Future[Verdict]:
         decided = _decide(item, self._config)
         if isinstance(decided, Pending):
-            return self._threads.submit(self._conclude, decided)
+            return self._begin(decided)
         done: Future[Verdict] = Future()
         done.set_result(decided)
         return done
+
+    def _begin(self, pending: Pending) -> Future[Verdict]:
+        return self._threads.submit(self._conclude, pending)
 
     def _conclude(self, pending: Pending) -> Verdict:
         extracted = pending.candidates[0][:200]

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from corpus.accounting import GROUPINGS, accounting_figures, amount, gpu_time, money
+from corpus.accounting import GROUPINGS, accounting_figures, amount, gpu_time, ledgers_of, money
 from schemas.config import ModelPrices, PricesConfig
 from schemas.usage import Usage, UsageKey
 
@@ -35,6 +36,19 @@ def test_every_table_sums_to_the_total(ledger: dict[UsageKey, Usage]) -> None:
             assert sum(row[name] for row in figures[table]) == figures["total"][name]
         assert sum(row["cost"] for row in figures[table]) == pytest.approx(figures["total"]["cost"])
     assert figures["total"]["is_cost_whole"] == all(row["is_cost_whole"] for row in figures["entries"])
+
+
+@given(ledgers, ledgers)
+def test_the_ledgers_can_be_read_back_from_their_figures(
+    costs: dict[UsageKey, Usage], paid: dict[UsageKey, Usage]
+) -> None:
+    # GPU time without a call of which it is known is not shown, and does not occur.
+    costs, paid = (
+        {key: usage if usage.num_gpu_calls else replace(usage, gpu_seconds=0.0) for key, usage in ledger.items()}
+        for ledger in (costs, paid)
+    )
+    figures = json.loads(json.dumps(accounting_figures(costs, paid, PRICES)))
+    assert ledgers_of(figures) == (costs, paid)
 
 
 def test_costs_and_what_the_run_paid_stand_apart() -> None:

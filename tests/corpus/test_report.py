@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from corpus.excerpts import ShownFate, ShownRow
+from corpus.excerpts import SHARED_IMAGE_BYTES, ShownFate, ShownReply, ShownRow
 from corpus.report import (
     PAPER_TABLE_1,
     ReportInputs,
+    VersionBefore,
     build_report,
     percent,
     plain_text,
@@ -203,7 +207,7 @@ def test_hostile_text_is_shown_and_never_markup() -> None:
     )
     page = Page(html)
     html.encode("utf-8")
-    assert "script" not in page.tags and "img" not in page.tags
+    assert page.tags.count("script") == 1 and "img" not in page.tags
     assert page.tags.count("style") == 1
     assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "style"]
     assert {value[0] for _, name, value in page.attributes if name == "href"} == {"#"}
@@ -217,6 +221,126 @@ def test_a_page_fetches_nothing(build_version: Any, world: Any) -> None:
     policy = next(value for _, name, value in page.attributes if name == "content" and "default-src" in value)
     assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
     assert all(alt for tag, name, alt in page.attributes if tag == "img" and name == "alt")
+
+
+def test_a_page_of_hostile_rows_alone_stays_under_ten_megabytes() -> None:
+    text = '<&">' * 50_000
+    picture = "data:image/png;base64," + "A" * (SHARED_IMAGE_BYTES * 4 // 3 // 360)
+    replies = [ShownReply("performance", n, text, text, text, text, 9, "wrong", text, text) for n in range(20)]
+    rows = tuple(
+        shown_row(text, id=f"{n:032x}", choices=(text,) * 30, images=(picture,) * 3, num_images=3) for n in range(120)
+    )
+    fates = tuple(
+        ShownFate(
+            Fate(f"{n}", f"{200 + n:032x}", text, text, Exit.DROPPED, text, text, text, 0.5, text, ("x",) * 3),
+            (picture,) * 3,
+            text,
+            (text,) * 30,
+            text,
+        )
+        for n in range(120)
+    )
+    ids = [row.id for row in rows] + [str(shown.fate.id) for shown in fates]
+    html, figures = build_report(inputs(rows=rows, fates=fates, replies=dict.fromkeys(ids, replies)))
+    assert len(html.encode()) < 10_000_000
+    assert html.count("<article ") == 240 and figures["shown"]["rows"] == {
+        "think": 120,
+        "direct": 0,
+        "dropped": 120,
+        "quarantined": 0,
+    }
+    # What was cut is said, by the limits that hold for this page.
+    said = re.search(r"Questions are clipped after (\d+) characters, replies after (\d+)", html)
+    assert said is not None and int(said[1]) < 2000 and int(said[2]) < 1500
+    assert f"clipped after {said[1]} of 200,000 characters" in html
+
+
+def test_the_script_is_the_one_that_the_policy_names_and_holds_nothing_of_the_data() -> None:
+    html, _ = build_report(inputs(rows=(shown_row(HOSTILE),)))
+    plain, _ = build_report(inputs())
+    (script,) = re.findall(r"<script>(.*?)</script>", html, re.DOTALL)
+    assert [script] == re.findall(r"<script>(.*?)</script>", plain, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = next(value for _, name, value in Page(html).attributes if name == "content" and "default-src" in value)
+    assert f"script-src 'sha256-{digest}';" in policy and "unsafe" not in policy
+
+
+def test_rows_can_be_read_without_the_script() -> None:
+    html, _ = build_report(inputs(rows=(shown_row("Is it?", id="a" * 32),)))
+    article = html[html.index("<article ") : html.index("</article>")]
+    assert " hidden" not in article.replace('class="hidden"', "") and "Is it?" in article
+    assert '<div class="filters" role="search" aria-label="Filter the rows" data-needs-script hidden>' in html
+
+
+def test_a_row_shows_the_replies_with_their_verdicts_and_why() -> None:
+    replies = [
+        ShownReply("performance", 0, "It is 8.", "", "T", "stop", 5, "wrong", "8", "differs from the reference '7'"),
+        ShownReply("performance", 1, "Hm", "", "T", "length", 5, "unscored", None, "not scored: truncated"),
+        ShownReply("performance", 2, "7", "", "T", "stop", 5, "correct", "7", is_counted=False),
+    ]
+    html, _ = build_report(inputs(rows=(shown_row(id="a" * 32),), replies={"a" * 32: replies}))
+    text = visible(html)
+    assert "3 replies of the teacher: 1 wrong, 1 unscored" in text
+    assert "wrong performance 1 read as 8 5 tokens" in text and "differs from the reference '7'" in text
+    assert "ended by length" in text and "Not counted: asked under other settings" in text
+
+
+def test_rows_published_earlier_are_part_of_the_account() -> None:
+    html, figures = build_report(inputs(num_marked=3, tally=CorpusTally(rows=ModeCount(5, 6))))
+    assert "10 read = 8 of those in the corpus + 1 dropped + 1 quarantined. The corpus holds 3 more" in visible(html)
+    assert figures["summary"]["share_out"] == 0.8
+
+
+def test_the_first_version_is_compared_with_none() -> None:
+    html, figures = build_report(inputs())
+    assert figures["previous"] is None and 'id="previous"' not in html
+
+
+def test_the_version_before_stands_beside_this_one() -> None:
+    old = report_figures(inputs(tally=CorpusTally(rows=ModeCount(4, 4), by_topic={"math": ModeCount(4, 4)})))
+    before = VersionBefore("v0002", "2025", "x" * 64, ModeCount(4, 4), inputs().stages, old)
+    html, figures = build_report(inputs(before=before))
+    text = visible(html)
+    assert "Version v0002 was made 2025 by another recipe" in text
+    assert "Thinking rows42−2" in text.replace(" ", "").replace("Thinkingrows", "Thinking rows")
+    assert "Share of thinking rows50.0 %25.0 %−25.0 points" in text
+    assert [row["topic"] for row in figures["previous"]["topics"]] == ["math", "ocr", "Total"]
+
+
+def test_the_agreement_of_judges_is_shown_where_it_is_given() -> None:
+    entry = {
+        "name": "judge and person",
+        "what": "difficulty",
+        "num_rows": 80,
+        "kappa": 0.71,
+        "low": 0.55,
+        "high": 0.87,
+        "agreement": 0.9,
+        "confusion": [{"judge": "yes", "person": "no", "rows": 5}],
+        "note": HOSTILE,
+    }
+    html, _ = build_report(inputs(agreement={"entries": [entry, {"name": "no rows"}]}))
+    text = visible(html)
+    assert "judge and persondifficulty800.710.55 to 0.8790.0 %" in text and "no rows0–––" in text
+    assert Page(html).tags.count("script") == 1
+    assert 'id="agreement"' not in build_report(inputs())[0]
+
+
+def test_what_is_missing_is_said_first() -> None:
+    html, _ = build_report(inputs(missing=["The replies: <b>gone</b>"]))
+    assert "Not in this report The replies: <b>gone</b>" in visible(html)
+
+
+def test_audited_rows_have_intervals() -> None:
+    figures = report_figures(inputs(audit={(0, 8): 1, (8, 8): 3, (0, 0): 2}))["audit"]
+    assert [bar["rows"] for bar in figures["by_right"]] == [1, 0, 0, 0, 0, 0, 0, 0, 3]
+    first = figures["by_right"][0]
+    # Wilson's interval of 1 in 4, from its formula by hand.
+    assert (first["share"], first["low"], first["high"]) == pytest.approx((0.25, 0.04559, 0.69936), abs=1e-5)
+    assert figures["by_right"][1]["low"] == 0.0
+    # The mean of 0, 1, 1, 1 with its standard error of 0.25.
+    assert figures["pass_rate_low"] == pytest.approx(0.75 - 1.96 * 0.25, abs=1e-4)
+    assert figures["pass_rate_high"] == 1.0
 
 
 def test_huge_texts_are_clipped_and_say_so() -> None:
@@ -309,4 +433,6 @@ def test_plain_text_keeps_line_breaks_and_replaces_what_cannot_be_shown() -> Non
 
 def test_the_templates_ship_with_the_package() -> None:
     folder = Path(build_report.__code__.co_filename).parent
-    assert {path.name for path in folder.glob("*.jinja")} == {"report.html.jinja", "report.css.jinja", "card.md.jinja"}
+    assert {path.name for path in folder.glob("report*.jinja")} == {
+        f"report.{kind}.jinja" for kind in ("html", "css", "js")
+    }

@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 
-from corpus.tally import NOT_GIVEN, CorpusTally, ModeCount, SourceLicence, bin_labels, tally_corpus, trace_lengths
-from corpus.writer import write_shards
+from corpus import tally as tallying
+from corpus.tally import (
+    NOT_GIVEN,
+    CorpusTally,
+    ModeCount,
+    SourceLicence,
+    bin_labels,
+    tally_corpus,
+    tally_fates,
+    trace_lengths,
+)
+from corpus.writer import write_fates, write_shards
 from schemas.errors import CorpusError
 from schemas.rows import labelled_table
 from schemas.samples import Topic
@@ -70,6 +80,35 @@ def test_trace_lengths_are_binned_with_nearest_rank_quantiles() -> None:
     assert lengths.bins == (6, 3, 0, 0, 0, 0, 0, 1)
     assert (lengths.median, lengths.p90, lengths.longest) == (10, 25, 2000)
     assert trace_lengths([]).longest == 0
+
+
+def test_shards_counted_one_after_the_other_make_the_same_figures(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        world.row(n, reasoning="a b" if n % 3 else "", topic=list(Topic)[n % 9], source=f"s{n % 2}") for n in range(25)
+    ]
+    together = tally(world, rows, tmp_path)
+    monkeypatch.setattr(tallying, "_SHARDS_AT_ONCE", 2)
+    assert tally_corpus(tmp_path) == together
+    assert together.rows == ModeCount(16, 9) and len(list((tmp_path / "data").rglob("*.parquet"))) > 8
+
+
+def test_rows_that_left_are_counted_by_source_and_by_likeness(tmp_path: Path, dropped_fate: Any) -> None:
+    likeness = [0.8, 0.849, 0.85, 1.0, 1.0]
+    fates = [dropped_fate(n, similarity=share) for n, share in enumerate(likeness)]
+    write_fates([*fates, dropped_fate(9, "trace_too_short")], tmp_path / "f.parquet")
+    counted = tally_fates(tmp_path / "f.parquet")
+    assert counted.by_source == {("tests", "dropped"): 6}
+    (near,) = counted.similarities
+    assert (near.reason, near.num_rows, near.num_equal) == ("near_duplicate", 5, 2)
+    assert near.bins == (*[0] * 16, 2, 1, 0, 2)
+
+
+def test_a_run_that_no_row_left_has_nothing_to_count(tmp_path: Path) -> None:
+    write_fates([], tmp_path / "f.parquet")
+    counted = tally_fates(tmp_path / "f.parquet")
+    assert (dict(counted.by_source), counted.similarities) == ({}, ())
 
 
 def test_bins_are_named_by_their_edges() -> None:

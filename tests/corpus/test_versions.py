@@ -43,7 +43,7 @@ def test_a_committed_version_has_a_manifest_that_accounts_for_every_row(
         "data/think/00000.parquet",
         "data/think/00001.parquet",
     ]
-    assert [file.path for file in manifest.files] == ["README.md", "fates.parquet", "marks.parquet"]
+    assert [file.path for file in manifest.files] == ["README.md", "croissant.json", "fates.parquet", "marks.parquet"]
     assert list(manifest.counts) == ["duplicates", "corpus"]
     assert manifest.counts["duplicates"].dropped == {"near_duplicate": 2}
 

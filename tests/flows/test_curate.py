@@ -19,6 +19,8 @@ import pytest
 from corpus.versions import load_manifest, verify_version
 from flows.curate import curate, load_run
 from flows.estimate import estimate_run, render_estimate
+from flows.holding import held
+from flows.stages import STAGES
 from schemas.errors import (
     ConfigError,
     QuarantineExceeded,
@@ -106,11 +108,40 @@ def test_a_new_corpus_is_announced_once_under_its_own_name(
     tmp_path: Path, teacher: ReplayTeacher, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     announced = []
-    monkeypatch.setattr("flows.curate.emit_event", lambda event, resource, payload: announced.append((event, resource)))
+    monkeypatch.setattr(
+        "flows.events.emit_event",
+        lambda event, resource, payload: announced.append((event, resource["prefect.resource.id"], payload)),
+    )
     config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url, name="charts.v2")
+    first = run(config)
     run(config)
-    run(config)
-    assert announced == [("bimode.corpus.created", {"prefect.resource.id": "bimode.corpus.charts.v2"})]
+    assert {resource for _, resource, _ in announced} == {"bimode.corpus.charts.v2"}
+    told = [(event, payload) for event, _, payload in announced if event != "bimode.stage.finished"]
+    assert told == [
+        ("bimode.corpus.created", first),
+        (
+            "bimode.corpus.unchanged",
+            {"corpus": first["corpus"], "version": "v0001", "rows": 10, "new_teacher_calls": 0},
+        ),
+    ]
+    stages = [payload["stage"] for event, _, payload in announced if event == "bimode.stage.finished"]
+    assert stages == 2 * [stage for stage in STAGES if stage != "decontamination"]
+
+
+def test_settings_for_one_run_take_the_place_of_the_file_s(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 20), teacher.url)
+    given = {"performance": {"exhaustive": True}, "difficulty": {"threshold": 0.95}}
+    result: dict[str, Any] = curate(str(config), overrides=given)
+    rows = corpus_rows(result["corpus"])
+    assert {row["num_sampled"] for row in rows if row["kind"] == "objective"} == {8}
+    assert {row["mode"] for row in rows if row["kind"] == "subjective"} == {"direct"}
+
+
+def test_settings_that_do_not_fit_stop_a_run_before_any_work(tmp_path: Path, teacher: ReplayTeacher) -> None:
+    config = write_config(tmp_path, write_questions(tmp_path / "in", 20), teacher.url, performance={"waves": [4, 4]})
+    with pytest.raises(ConfigError, match=r"(?s)with performance.num_samples = 9 has 1 problem.*add up to less"):
+        curate(str(config), overrides={"performance": {"num_samples": 9}})
+    assert not (tmp_path / "work").exists() and not teacher.calls
 
 
 def test_a_changed_verifier_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
@@ -266,8 +297,13 @@ def test_a_work_folder_that_is_in_use_is_refused(tmp_path: Path, teacher: Replay
     from flows.workspace import Workspace
 
     config = write_config(tmp_path, write_questions(tmp_path / "in", 10), teacher.url)
-    with Workspace(tmp_path / "work").locked(), pytest.raises(StorageError, match="another run"):
+    with Workspace(tmp_path / "work").locked(), pytest.raises(StorageError, match="another run is at work"):
         run(config)
+    named = r"someone \(process \d+ on .* is at work in .*work\. Nothing was changed: wait for it \(--wait does\)"
+    holder = held(Workspace(tmp_path / "work"), "someone", wait=False, say=print)
+    with holder, pytest.raises(StorageError, match=named):
+        run(config)
+    assert not teacher.calls
 
 
 def test_a_full_disk_is_told_by_name(tmp_path: Path, teacher: ReplayTeacher, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from corpus.keeping import collect_versions
 from flows import processes, stack, supervisor
 from flows.cli import app
 from flows.processes import StackError
@@ -33,6 +34,7 @@ from flows.train import ProgramView, train
 from flows.training_plan import (
     TRAINED_FILE,
     TrainingPlan,
+    keep_version,
     launch_command,
     load_training,
     plan_training,
@@ -229,6 +231,18 @@ def test_new_rows_of_small_nights_add_up_until_a_version_is_trained_on(home: Pat
     for num_rows in (6, 9):
         write_version(home / "corpus", num_rows)
     assert plan(config).num_new_rows == 5
+
+
+def test_a_version_is_kept_from_removal_until_the_programs_that_train_on_it_have_finished(home: Path) -> None:
+    write_version(home / "corpus", 4)
+    made = plan(write_config(home))
+    keep_version(made)
+    write_version(home / "corpus", 9)
+    assert collect_versions(home / "corpus", keep=1, is_dry=True).removed == ()
+    for step in made.selected:
+        assert collect_versions(home / "corpus", keep=1, is_dry=True).removed == ()
+        (step.folder / "result.json").write_text("{}", encoding="utf-8")
+    assert collect_versions(home / "corpus", keep=1).removed == (made.corpus.name,)
 
 
 def test_every_row_of_another_recipe_or_corpus_is_new(home: Path) -> None:
@@ -473,7 +487,7 @@ def test_a_new_corpus_starts_training_once_a_person_has_approved(running: Path) 
         "occurred": datetime.now(UTC).isoformat(),
         "event": "bimode.corpus.created",
         "resource": {"prefect.resource.id": "bimode.corpus.sampleworld"},
-        "payload": {"corpus": str(version)},
+        "payload": {"corpus": str(version), "address": str(version)},
         "id": "0b8f1f3e-4c0c-4f6e-9d8e-0e5a6f0f7a11",
     }
     call("POST", "/events", [event])

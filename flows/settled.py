@@ -1,0 +1,187 @@
+"""What an earlier run decided and would decide again: rows whose labels need not be made anew from their replies.
+
+Labels depend on the row, the settings and the stored replies alone, and what is stored stays. So where row and settings
+are the same, the label is, if all that it rests on is stored. That is not so where a call failed: a failure is not
+stored, and a curation would ask again. Each function here takes only rows of which it is certain; all others are
+labelled by the functions of `flows.labelling`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from flows.stages import concerned_places
+from flows.work_rows import labelled_table, work_rows
+from judges import difficulty, reasoning
+from schemas.config import RunConfig
+from schemas.samples import Kind
+from schemas.usage import Ledger, Usage, UsageKey
+from teacher.journal import Journal
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """A stage over a shard as an earlier run left it.
+
+    before: the rows it read. after: those it kept. usage: what their replies cost. is_same_recipe: its settings were
+    those of now; of the stage `difficulty`, all but the threshold. are_same_checks: what it accepted as a trace would
+    be accepted now.
+    """
+
+    before: pa.Table
+    after: pa.Table
+    usage: Ledger
+    is_same_recipe: bool
+    are_same_checks: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Rows of a stage whose result is known, at their places in what it reads.
+
+    usage: what their replies cost. is_all: usage is that of all rows which the stage looks at.
+    """
+
+    places: NDArray[np.int64]
+    rows: pa.Table
+    usage: Ledger
+    is_all: bool
+
+
+def settled_rows(
+    stage: str,
+    config: RunConfig,
+    table: pa.Table,
+    earlier: Earlier | None,
+    journal_folder: Path,
+) -> Settled | None:
+    """Returns the rows of which the result is certain; None where there are none.
+
+    table: what the stage reads. Raises StorageError: the replies cannot be read.
+    """
+    if earlier is None or not earlier.is_same_recipe:
+        return None
+    if stage == "difficulty":
+        return _settled_verdicts(config, table, earlier)
+    if stage == "performance":
+        return _settled_answers(table, earlier)
+    if stage != "reasoning":
+        return None
+    with Journal(journal_folder) as journal:
+        replies = journal.stored()
+    return None if replies is None else _settled_traces(config, table, earlier, replies)
+
+
+def _settled_verdicts(config: RunConfig, table: pa.Table, earlier: Earlier) -> Settled | None:
+    """Holds the stored probabilities against the threshold. Of a panel, some members may have failed: not certain."""
+    stage = "difficulty"
+    places = concerned_places(stage, table)
+    if config.difficulty.panel or not _are_same_rows(stage, table, places, earlier):
+        return None
+    after = earlier.after.take(pa.array(concerned_places(stage, earlier.after)))
+    rows = []
+    for row in work_rows(after):
+        assert row.decision is not None and row.decision.probability is not None, "the stage decided it"
+        rows.append(replace(row, decision=difficulty.decision_at(row.decision.probability, config.difficulty)))
+    decided = labelled_table(after, np.arange(len(rows)), rows)
+    return Settled(places[_places_of(after, table.take(pa.array(places)))], decided, earlier.usage, is_all=True)
+
+
+def _settled_answers(table: pa.Table, earlier: Earlier) -> Settled | None:
+    """Takes labels whose every sample was scored: one that was not may have been a call that failed."""
+    stage = "performance"
+    places = concerned_places(stage, table)
+    if not _are_same_rows(stage, table, places, earlier):
+        return None
+    after = earlier.after.take(pa.array(concerned_places(stage, earlier.after)))
+    after = after.filter(pc.equal(after["num_scored"], after["num_sampled"]))
+    return Settled(places[_places_of(after, table.take(pa.array(places)))], after, earlier.usage, is_all=True)
+
+
+def _settled_traces(config: RunConfig, table: pa.Table, earlier: Earlier, stored: pa.Table) -> Settled:
+    """Takes traces that were accepted at the first try, and are the only one that is stored of their row.
+
+    A trace of an open row was judged once, where that is asked for: two judgements may be those of two tries.
+    """
+    stage = "reasoning"
+    places = concerned_places(stage, table)
+    rows = table.take(pa.array(places))
+    accepted = earlier.after.take(pa.array(concerned_places(stage, earlier.after)))
+    found = pc.index_in(rows["id"], accepted["id"].combine_chunks())
+    is_certain = pc.and_(pc.is_valid(found), _is_in(rows["id"], _asked_once(stored, reasoning.PURPOSE)))
+    if config.reasoning.judge_consistency:
+        is_judged = _is_in(rows["id"], _asked_once(stored, reasoning.CONSISTENCY))
+        is_certain = pc.and_(is_certain, pc.or_(pc.equal(rows["kind"], str(Kind.OBJECTIVE)), is_judged))
+    # The id stands for what was asked, not for what routing made of it.
+    same = accepted.take(found.combine_chunks())
+    for name in ("kind", "answer_type"):
+        is_certain = pc.and_(is_certain, pc.fill_null(pc.equal(rows[name], same[name]), False))
+    rows, same = rows.filter(is_certain), same.filter(is_certain)
+    for name in ("reasoning", "final_answer"):
+        place = rows.schema.get_field_index(name)
+        rows = rows.set_column(place, rows.schema.field(place), same[name])
+    replies = stored.filter(_is_in(stored["sample_id"], rows["id"]))
+    is_all = rows.num_rows == len(places)
+    return Settled(places[is_certain.to_numpy()], rows, _costs(config, replies, rows), is_all)
+
+
+def _are_same_rows(stage: str, table: pa.Table, places: NDArray[np.int64], earlier: Earlier) -> bool:
+    before = earlier.before.take(pa.array(concerned_places(stage, earlier.before)))
+    return bool(table.take(pa.array(places)).equals(before))
+
+
+def _places_of(kept: pa.Table, rows: pa.Table) -> NDArray[np.int64]:
+    """Returns the places of rows that were kept, which stand in the order in which they were read."""
+    places: NDArray[np.int64] = pc.index_in(kept["origin"], rows["origin"].combine_chunks()).cast(pa.int64()).to_numpy()
+    return places
+
+
+def _asked_once(stored: pa.Table, purpose: str) -> pa.Array:
+    """Returns the rows of which one reply to a question is stored, and that is the first."""
+    asked = stored.filter(pc.equal(stored["purpose"], purpose)).select(["sample_id", "index"])
+    counted = asked.group_by("sample_id", use_threads=False).aggregate([("index", "count"), ("index", "max")])
+    is_only = pc.and_(pc.equal(counted["index_count"], 1), pc.equal(counted["index_max"], 0))
+    return counted["sample_id"].filter(is_only).combine_chunks()
+
+
+def _is_in(ids: pa.ChunkedArray, known: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.is_in(ids, known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known)
+
+
+def _costs(config: RunConfig, replies: pa.Table, rows: pa.Table) -> Ledger:
+    """Returns what the traces of rows cost, and their judgements where they were asked for."""
+    source = rows["source"][0].as_py() if rows.num_rows else ""
+    models = {reasoning.PURPOSE: config.reasoner_endpoint.model}
+    if config.reasoning.judge_consistency:
+        models[reasoning.CONSISTENCY] = config.teacher.model
+    ledger = {}
+    for purpose, model in models.items():
+        part = replies.filter(pc.equal(replies["purpose"], purpose))
+        if part.num_rows:
+            ledger[UsageKey("reasoning", purpose, source, model)] = _cost(part)
+    return ledger
+
+
+def _cost(replies: pa.Table) -> Usage:
+    """Returns the sum of `Usage.of_stored` over replies that are columns."""
+    firsts = replies.filter(pc.equal(replies["choice"], 0))
+
+    def total(part: pa.Table, name: str) -> int | float:
+        value: int | float = pc.sum(part[name], min_count=0).as_py()
+        return value
+
+    return Usage(
+        num_calls=firsts.num_rows,
+        num_replies=replies.num_rows,
+        num_retries=int(total(firsts, "num_attempts")) - firsts.num_rows,
+        prompt_tokens=int(total(firsts, "prompt_tokens")),
+        completion_tokens=int(total(replies, "completion_tokens")),
+        cached_tokens=int(total(firsts, "cached_tokens")),
+        seconds=float(total(firsts, "seconds")),
+    )
