@@ -5,6 +5,7 @@
 #             PyTorch's CPU index here (pytorch.org/get-started/locally shows it).
 #   GPU_LOCK  gpu-cuda or gpu-cpu; by default gpu-cuda exactly where nvidia-smi is found
 #   PYTEST_ARGS  further arguments of both test runs, e.g. PYTEST_ARGS="-k router -x"
+#   TEST_WORKERS  processes of the pipeline's tests; 0 runs them in one
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -13,6 +14,7 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 GPU_LOCK ?= $(if $(shell command -v nvidia-smi),gpu-cuda,gpu-cpu)
 DEMO_CONFIG ?= sampleworld/demo.yaml
 
@@ -67,7 +69,7 @@ test: env env-gpu ## Check style and types and run all tests in both environment
 	echo "[test] lint"; { $(LINT); } || failed="$$failed lint"; \
 	echo "[test] types"; $(TYPES) || failed="$$failed types"; \
 	echo "[test] pipeline (.venv)"; \
-	.venv/bin/python -m pytest $(GPU_TEST_FOLDERS:%=--ignore=%) $(PYTEST_ARGS) | tee .local/logs/test-pipeline.log \
+	.venv/bin/python -m pytest $(GPU_TEST_FOLDERS:%=--ignore=%) -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS) | tee .local/logs/test-pipeline.log \
 	  || failed="$$failed pipeline"; \
 	if [ -n "$(GPU_TESTS)" ]; then \
 	  echo "[test] GPU side (.venv-gpu)"; \

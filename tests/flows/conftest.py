@@ -12,6 +12,15 @@ from prefect.settings import (
 )
 from prefect.testing.utilities import prefect_test_harness
 
+EMPTY_CHART = '<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10" viewBox="0 0 10 10"></svg>'
+
+
+@pytest.fixture(autouse=True)
+def plain_charts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves charts empty but where reports are tested: drawing them takes longer than most curations."""
+    if "report" not in request.node.module.__name__:
+        monkeypatch.setattr("corpus.charts._svg", lambda spec, width: EMPTY_CHART)
+
 
 @pytest.fixture(scope="session")
 def prefect() -> Iterator[None]:
