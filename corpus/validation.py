@@ -32,8 +32,10 @@ from corpus.versions import (
     CARD,
     COMPANIONS,
     FATES,
+    FIGURES,
     MANIFEST,
     MARKS,
+    REPORT,
     FileInfo,
     Manifest,
     file_damage,
@@ -146,8 +148,8 @@ def _check_files(folder: Path, manifest: Manifest, found: Validation) -> None:
     found.num_files = len(listed)
     # A version of the first format has no marks; what it lists of the companions is all there is.
     known = {MANIFEST, *COMPANIONS, *(file.path for file in listed)}
-    for name in COMPANIONS:
-        if name != MARKS and not (folder / name).is_file() and name not in {file.path for file in manifest.files}:
+    for name in (REPORT, FIGURES):  # all others that the version has are in its manifest
+        if not (folder / name).is_file():
             found.add("file_missing", name, f"{name}: missing")
     for name in _file_names(folder):
         if name not in known:

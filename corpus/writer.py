@@ -8,10 +8,11 @@ bounded by a row group, not by a shard.
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,7 @@ _FATES_PER_GROUP = 10_000
 _RENDERED_ROWS = 1_000
 """Rows whose texts are rendered together."""
 _SHARDS_AT_ONCE = 2
+_CACHED_BYTES = 64 * 2**20
 _CONTROL_START = "<|"
 assert all(token.startswith(_CONTROL_START) for token in CONTROL_TOKENS)
 
@@ -211,6 +213,7 @@ def _row_groups(
     rows: pa.Table, fates: list[Fate], *, read_image: Callable[[str], bytes], recipe: str
 ) -> Iterator[pa.Table]:
     """Yields row groups with the columns of `CORPUS_SCHEMA`; appends the fate of each row that cannot be written."""
+    read_kept = _ImageCache(read_image).read
     for start in range(0, rows.num_rows, _RENDERED_ROWS):
         table = rows.slice(start, _RENDERED_ROWS).combine_chunks()
         texts = _render(table)
@@ -222,7 +225,7 @@ def _row_groups(
             try:
                 if place in texts.fates:
                     raise texts.fates[place]
-                images = [_image_content(name, read_image) for name in names[place]]
+                images = [_image_content(name, read_kept) for name in names[place]]
                 size = sum(map(len, images)) + 8 * (len(texts.questions[place]) + len(texts.completions[place]))
                 if size > MAX_ROW_BYTES:
                     raise RowError("row_too_large", f"about {size:,} bytes of images and text, {MAX_ROW_BYTES:,} fit")
@@ -241,7 +244,28 @@ def _row_groups(
 
 def _image_names(table: pa.Table) -> list[list[str]]:
     """Returns the sha256 of the images of each row."""
-    return [[image["sha256"] for image in images] for images in table["images"].to_pylist()]
+    images = table["images"].combine_chunks()
+    names = images.flatten().field("sha256").to_pylist()
+    ends = np.cumsum(pc.fill_null(pc.list_value_length(images), 0).to_numpy(zero_copy_only=False)).tolist()
+    return [names[start:end] for start, end in pairwise([0, *ends])]
+
+
+class _ImageCache:
+    """Images read last, as rows of one shard share them. Memory: at most `_CACHED_BYTES`."""
+
+    def __init__(self, read_image: Callable[[str], bytes]) -> None:
+        self._read_image = read_image
+        self._contents: OrderedDict[str, bytes] = OrderedDict()
+        self._num_bytes = 0
+
+    def read(self, sha256: str) -> bytes:
+        content = self._contents.get(sha256)
+        if content is None:
+            content = self._contents[sha256] = self._read_image(sha256)
+            self._num_bytes += len(content)
+            while self._num_bytes > _CACHED_BYTES:
+                self._num_bytes -= len(self._contents.popitem(last=False)[1])
+        return content
 
 
 def _image_content(sha256: str, read_image: Callable[[str], bytes]) -> bytes:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from corpus.storage import replacing, write_text
-from filters.buckets import Rows, rows_with_keys
+from filters.buckets import Rows, has_key, rows_with_keys
 from filters.duplicates import (
     EXACT,
     NEAR,
@@ -280,12 +280,18 @@ def plan_traces(runtime: Runtime, markers: Sequence[Marker]) -> RemovalPlan:
     earlier = [path for marker in markers if (path := _published_path(workspace, marker.shard)).exists()]
     published = FeatureTable.open(earlier).column("id_high")
     threshold, num_threads = runtime.config.reasoning.duplicate_threshold, runtime.config.parallel_shards
-    tables = []
+    features = []
     for marker in markers:
         traces = runtime.workspace.read_columns(marker.stage, marker.shard, ["id", "question", "reasoning"])
-        features = trace_features(traces, threshold)
-        tables.append(features.published(rows_with_keys(published, features.id_high)).to_table())
-    rows = _ShardRows(runtime.workspace, markers, FeatureTable(tables), num_threads=num_threads)
+        features.append(trace_features(traces, threshold))
+    # Looked up at once: the table of the published ids is large, and made anew by each look.
+    stays = has_key(published, np.concatenate([np.zeros(0, np.uint64), *(shard.id_high for shard in features)]))
+    starts = np.cumsum([0, *map(len, features)])
+    tables = [
+        shard.published(np.flatnonzero(stays[start : start + len(shard)])).to_table()
+        for shard, start in zip(features, starts, strict=False)
+    ]
+    rows = _ShardRows(workspace, markers, FeatureTable(tables), num_threads=num_threads)
     settings = trace_settings(threshold)
     found = find_duplicates(rows.features, settings, origins=rows.origins, num_threads=num_threads)
     return rows.by_shard(rows.traces(found))

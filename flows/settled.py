@@ -8,7 +8,7 @@ labelled by the functions of `flows.labelling`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from flows.stages import concerned_places
-from flows.work_rows import labelled_table, work_rows
 from judges import difficulty, reasoning
 from schemas.config import RunConfig
 from schemas.samples import Kind
@@ -85,12 +84,10 @@ def _settled_verdicts(config: RunConfig, table: pa.Table, earlier: Earlier) -> S
     if config.difficulty.panel or not _are_same_rows(stage, table, places, earlier):
         return None
     after = earlier.after.take(pa.array(concerned_places(stage, earlier.after)))
-    rows = []
-    for row in work_rows(after):
-        assert row.decision is not None and row.decision.probability is not None, "the stage decided it"
-        rows.append(replace(row, decision=difficulty.decision_at(row.decision.probability, config.difficulty)))
-    decided = labelled_table(after, np.arange(len(rows)), rows)
-    return Settled(places[_places_of(after, table.take(pa.array(places)))], decided, earlier.usage, is_all=True)
+    decided = [difficulty.decision_at(yes, config.difficulty) for yes in after["probability"].to_pylist()]
+    modes = pa.array([str(decision.mode) for decision in decided], pa.string())
+    decided_rows = _with_column(after, "mode", modes)
+    return Settled(places[_places_of(after, table.take(pa.array(places)))], decided_rows, earlier.usage, is_all=True)
 
 
 def _settled_answers(table: pa.Table, earlier: Earlier) -> Settled | None:
@@ -124,11 +121,15 @@ def _settled_traces(config: RunConfig, table: pa.Table, earlier: Earlier, stored
         is_certain = pc.and_(is_certain, pc.fill_null(pc.equal(rows[name], same[name]), False))
     rows, same = rows.filter(is_certain), same.filter(is_certain)
     for name in ("reasoning", "final_answer"):
-        place = rows.schema.get_field_index(name)
-        rows = rows.set_column(place, rows.schema.field(place), same[name])
+        rows = _with_column(rows, name, same[name])
     replies = stored.filter(_is_in(stored["sample_id"], rows["id"]))
     is_all = rows.num_rows == len(places)
     return Settled(places[is_certain.to_numpy()], rows, _costs(config, replies, rows), is_all)
+
+
+def _with_column(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
+    place = rows.schema.get_field_index(name)
+    return rows.set_column(place, rows.schema.field(place), values)
 
 
 def _are_same_rows(stage: str, table: pa.Table, places: NDArray[np.int64], earlier: Earlier) -> bool:

@@ -147,11 +147,15 @@ class Workspace:
     ) -> Marker:
         """Writes rows, fates and, last, the marker of a shard, and asserts that no row was lost.
 
+        An old marker goes first: a run of the settings that it names must not take the new rows for its own.
+
         Raises StorageError: the files could not be written; nothing counts as done then.
         """
         count = count_table(num_in, rows.num_rows, fates)
         count.check(f"{stage}/{shard}")
         output = hashlib.sha256()
+        with storage_errors(self.marker_path(stage, shard), "remove"):
+            self.marker_path(stage, shard).unlink(missing_ok=True)
         for path, table in (
             (self.rows_path(stage, shard), rows),
             (self.fates_path(stage, shard), fates),

@@ -66,6 +66,11 @@ def normalise_choice_answer(answer: str, choices: Sequence[str]) -> str | None:
     options is the last of options counted from 1; anything between could be either and gives None.
     None: the answer is outside the choices, or contradicts itself.
     """
+    return _letter_of(answer, tuple(choices))
+
+
+@lru_cache(maxsize=1024)
+def _letter_of(answer: str, choices: tuple[str, ...]) -> str | None:
     choices = _without_labels(choices)
     text = strip_markup(unify_characters(answer)).strip()
     if not text or not choices:
@@ -105,6 +110,11 @@ def _labelled(text: str, choices: Sequence[str]) -> int | None:
 
 def _without_labels(choices: Sequence[str]) -> tuple[str, ...]:
     """Returns the options that have letters, without the labels that some data sets keep in them ("A. Berlin")."""
+    return _bare_options(tuple(choices))
+
+
+@lru_cache(maxsize=1024)
+def _bare_options(choices: tuple[str, ...]) -> tuple[str, ...]:
     choices = tuple(choice[:_MAX_OPTION_CHARS] for choice in choices[: len(OPTION_LETTERS)])
     bare = [
         re.match(rf"\s*\(?{letter}[.):]\s*(\S.*)", choice, re.DOTALL)
@@ -162,6 +172,7 @@ def _equal_options(text: str, choices: Sequence[str]) -> frozenset[int]:
     )
 
 
+@lru_cache(maxsize=4096)
 def _is_prose(choice: str) -> bool:
     """Whether comparing words is safe: words would take f(x)+2 for f(x+2)."""
     return not re.search(

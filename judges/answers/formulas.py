@@ -133,6 +133,7 @@ def _joined_segments(raw: str, segments: list[tuple[int, int, str]]) -> str | No
     return text
 
 
+@lru_cache(maxsize=4096)
 def clean_formula(text: str) -> str:
     """Returns a formula without fences, trailing stop, outer text wrappers and unit."""
     text = unify_characters(text).strip().strip("$").strip()

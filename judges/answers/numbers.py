@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 _MAX_DIGITS = 120
 _MAX_EXPONENT = 400
@@ -182,6 +183,7 @@ def _power(text: str, match: re.Match[str]) -> Quantity | None:
     return _with_unit(text, value, match.start(), match.end())
 
 
+@lru_cache(maxsize=4096)
 def whole_quantity(text: str) -> Quantity | None:
     """Returns the number that the whole text is, apart from its unit and outer punctuation; else None."""
     text = text.strip().strip("\"'").rstrip(".,;!?:").strip()

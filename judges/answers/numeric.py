@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 from judges.answers.comparison import Matrix, Pending, judged, unclear, unparsed
@@ -45,6 +46,7 @@ class _Reading:
     is_hedged: bool = False
 
 
+@lru_cache(maxsize=1024)
 def reference_quantity(answer: str) -> Quantity | None:
     """Returns the number that a reference answer is, with its unit, or None."""
     text = strip_markup(unify_characters(answer)).strip()

@@ -6,6 +6,7 @@ Nothing here knows the answer's type: readers try the statements from the most t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -50,7 +51,7 @@ class Statements:
     is_cut: the last box opens and never closes, so the answer in it is incomplete.
     """
 
-    items: tuple[Statement, ...]
+    items: Iterable[Statement]
     text: str
     is_cut: bool = False
 
@@ -113,9 +114,28 @@ def find_statements(answer: str) -> Statements:
     """Returns the candidates for the final answer in what follows the thought, most binding first."""
     text = _CALCULATION.sub("", unify_characters(answer[-MAX_READ_CHARS:])).strip()
     boxed, is_cut = _boxed(text)
-    lines = _closing_lines(text)
-    items = [*boxed, *_cued(text), *_bold(lines), *_last(lines)]
-    return Statements(tuple(dict.fromkeys(item for item in items if item.text)), text, is_cut)
+    return Statements(_Found(text, boxed), text, is_cut)
+
+
+class _Found(Iterable[Statement]):
+    """The statements of a text, looked for one after the other: the first settles most replies."""
+
+    def __init__(self, text: str, boxed: Sequence[Statement]) -> None:
+        self._text, self._boxed = text, boxed
+
+    def __iter__(self) -> Iterator[Statement]:
+        seen: set[Statement] = set()
+        for item in self._all():
+            if item.text and item not in seen:
+                seen.add(item)
+                yield item
+
+    def _all(self) -> Iterator[Statement]:
+        yield from self._boxed
+        yield from _cued(self._text)
+        lines = _closing_lines(self._text)
+        yield from _bold(lines)
+        yield from _last(lines)
 
 
 def _statement(raw: str, origin: Origin, block: str | None = None) -> Statement:
@@ -173,29 +193,40 @@ def _closing_brace(text: str, start: int) -> int | None:
     return None
 
 
-def _cued(text: str) -> list[Statement]:
-    """Returns what follows the last cues ("the answer is"), the last one first."""
-    found = []
+def _cued(text: str) -> Iterator[Statement]:
+    """Yields what follows the last cues ("the answer is"), the last one first."""
     for match in _last_cues(text):
         block = text[match.end() : match.end() + _MAX_BLOCK_CHARS]
         lines = [line for line in block.splitlines() if not _ONLY_MARKUP.match(line[:_MAX_STATEMENT_CHARS])]
         if lines:
-            found.append(_statement(lines[0], Origin.CUED, block))
-    return found
+            yield _statement(lines[0], Origin.CUED, block)
 
 
-def _last_cues(text: str) -> list[re.Match[str]]:
-    """Returns the last cue, and before it the last one that opens a line and goes on in it ("Answer: B")."""
-    cues = list(_CUE.finditer(text))
-    if not cues:
-        return []
-    earlier = [
-        cue
-        for cue in cues[:-1]
-        if _ONLY_MARKUP.match(text[text.rfind("\n", 0, cue.start()) + 1 : cue.start()])
-        and not _ONLY_MARKUP.match(text[cue.end() : cue.end() + 80].partition("\n")[0])
-    ]
-    return [cues[-1], *earlier[-1:]]
+def _last_cues(text: str) -> Iterator[re.Match[str]]:
+    """Yields the last cue, and before it the last one that opens a line and goes on in it ("Answer: B")."""
+    cues = _cues_backwards(text)
+    last = next(cues, None)
+    if last is None:
+        return
+    yield last
+    for cue in cues:
+        if _ONLY_MARKUP.match(text[text.rfind("\n", 0, cue.start()) + 1 : cue.start()]) and not _ONLY_MARKUP.match(
+            text[cue.end() : cue.end() + 80].partition("\n")[0]
+        ):
+            yield cue
+            return
+
+
+def _cues_backwards(text: str) -> Iterator[re.Match[str]]:
+    """Yields the cues that `_CUE.finditer` finds, the last one first.
+
+    No cue goes on behind a full stop ("ans." ends with one), so what stands between two of them is searched by itself.
+    """
+    end = len(text)
+    while end > 0:
+        start = text.rfind(".", 0, end - 1) + 1
+        yield from reversed(list(_CUE.finditer(text, start, end)))
+        end = start
 
 
 def _closing_lines(text: str) -> list[str]:

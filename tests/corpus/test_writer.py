@@ -213,3 +213,23 @@ def test_rows_with_many_images_and_none_keep_their_own(world: Any, tmp_path: Pat
         assert [image["bytes"] for image in record["images"]] == [world.store[i.sha256] for i in row.sample.images]
         types = [part["type"] for part in record["prompt"][0]["content"]]
         assert types == ["image"] * len(row.sample.images) + ["text"]
+
+
+def test_an_image_that_rows_share_is_read_once_as_long_as_it_is_kept(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [world.row(n, colours=("red", "blue")) for n in range(4)]
+    read: list[str] = []
+
+    def counted(sha256: str) -> bytes:
+        read.append(sha256)
+        return bytes(world.store[sha256])
+
+    def write_counted(name: str) -> Any:
+        return write_corpus_shard(labelled_table(rows), tmp_path / name, read_image=counted, recipe="r")
+
+    shared = write_counted("a.parquet")
+    assert len(read) == 2
+    monkeypatch.setattr(writer, "_CACHED_BYTES", 1)
+    assert write_counted("b.parquet").sha256 == shared.sha256
+    assert len(read) == 2 + 8

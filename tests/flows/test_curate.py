@@ -16,6 +16,7 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.cards import curate_plainly
 from corpus.versions import load_manifest, verify_version
 from flows.curate import curate, load_run
 from flows.estimate import estimate_run, render_estimate
@@ -41,6 +42,11 @@ pytestmark = pytest.mark.usefixtures("prefect")
 def run(config: Path) -> dict[str, Any]:
     result: dict[str, Any] = curate(str(config))
     return result
+
+
+def run_plainly(config: Path) -> dict[str, Any]:
+    """Runs the stages of the flow in threads; only what Prefect itself does takes the whole flow to be tested."""
+    return curate_plainly(load_run(str(config))).to_record()
 
 
 @pytest.fixture
@@ -72,7 +78,7 @@ def test_every_row_is_in_the_corpus_or_has_a_fate(tmp_path: Path, teacher: Repla
 
 
 def test_modes_follow_from_what_the_teacher_can_do(tmp_path: Path, teacher: ReplayTeacher) -> None:
-    result = run(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
+    result = run_plainly(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
     for row in corpus_rows(result["corpus"]):
         completion = parse_completion(row["completion"][0]["content"][0]["text"])
         assert (completion.reasoning != "") == (row["mode"] == "think")
@@ -88,7 +94,7 @@ def test_modes_follow_from_what_the_teacher_can_do(tmp_path: Path, teacher: Repl
 
 def test_the_corpus_loads_with_datasets(tmp_path: Path, teacher: ReplayTeacher, monkeypatch: Any) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    result = run(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
+    result = run_plainly(write_config(tmp_path, write_questions(tmp_path / "in"), teacher.url))
     loaded = datasets.load_dataset(result["corpus"], "all", split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == result["rows"]
     with_image = next(row for row in loaded if row["images"])
@@ -146,9 +152,9 @@ def test_settings_that_do_not_fit_stop_a_run_before_any_work(tmp_path: Path, tea
 
 def test_a_changed_verifier_relabels_without_a_call(tmp_path: Path, teacher: ReplayTeacher) -> None:
     questions = write_questions(tmp_path / "in")
-    first = run(write_config(tmp_path, questions, teacher.url))
+    first = run_plainly(write_config(tmp_path, questions, teacher.url))
     teacher.stop()
-    second = run(write_config(tmp_path, questions, teacher.url, verification={"relative_tolerance": 0.5}))
+    second = run_plainly(write_config(tmp_path, questions, teacher.url, verification={"relative_tolerance": 0.5}))
     assert (second["version"], second["new_teacher_calls"]) == ("v0002", 0)
     assert corpus_rows(first["corpus"])[0]["recipe"] != corpus_rows(second["corpus"])[0]["recipe"]
 
@@ -162,7 +168,7 @@ def test_the_corpus_does_not_depend_on_workers_or_waves(tmp_path: Path, teacher:
     ):
         folder = tmp_path / name
         folder.mkdir()
-        result = run(write_config(folder, questions, teacher.url, **settings))
+        result = run_plainly(write_config(folder, questions, teacher.url, **settings))
         texts.append([(row["id"], row["mode"], row["completion"]) for row in corpus_rows(result["corpus"])])
     assert sorted(texts[0], key=str) == sorted(texts[1], key=str)
 
@@ -170,12 +176,12 @@ def test_the_corpus_does_not_depend_on_workers_or_waves(tmp_path: Path, teacher:
 def test_new_rows_alone_cost_calls(tmp_path: Path, teacher: ReplayTeacher) -> None:
     questions = write_questions(tmp_path / "in", 30)
     config = write_config(tmp_path, questions, teacher.url)
-    run(config)
+    run_plainly(config)
     before = {call.key for call in teacher.calls} if hasattr(teacher.calls[0], "key") else set()
     num_calls = len(teacher.calls)
     with questions.open("a", encoding="utf-8") as file:
         file.write('{"id": "new", "question": "What is the sum of 30 and 31?", "answer": "61"}\n')
-    result = run(config)
+    result = run_plainly(config)
     assert result["version"] == "v0002"
     assert 1 <= len(teacher.calls) - num_calls <= 9
     assert teacher.num_repeated == 0, before
@@ -185,14 +191,14 @@ def test_new_rows_alone_cost_calls(tmp_path: Path, teacher: ReplayTeacher) -> No
 def test_published_rows_stay_when_a_better_copy_comes(tmp_path: Path, teacher: ReplayTeacher, shard_rows: int) -> None:
     questions = write_questions(tmp_path / "in", 30)
     config = write_config(tmp_path, questions, teacher.url, shard_rows=shard_rows)
-    before = {row["id"] for row in corpus_rows(run(config)["corpus"])}
+    before = {row["id"] for row in corpus_rows(run_plainly(config)["corpus"])}
     stage = tmp_path / "work" / "stages" / "duplicates"
     settled = {path.name: path.stat().st_mtime_ns for path in stage.glob("*.published")}
     better = {"id": "better", "question": "Describe the thing number 4 here.", "image": "4.png", "answer": "A thing."}
     other = {"id": "other", "question": "What is the sum of 30 and 31?", "answer": "61"}
     with questions.open("a", encoding="utf-8") as file:
         file.write(json.dumps(better) + "\n" + json.dumps(other) + "\n")
-    result = run(config)
+    result = run_plainly(config)
     after = {row["id"] for row in corpus_rows(result["corpus"])}
     assert before < after and len(after) == len(before) + 1
     fates = pq.read_table(Path(result["corpus"], "fates.parquet")).to_pylist()
@@ -332,9 +338,9 @@ def test_the_report_tells_what_the_replies_cost_and_what_the_run_paid(tmp_path: 
     with FaultServer(answer, models=["scripted"], faults=faults) as server:
         prices = {"prompt": 1.0, "models": {"scripted": {"prompt": 2.0, "completion": 5.0}}}
         config = write_config(tmp_path, questions, server.url, prices=prices, performance={"waves": [8]})
-        result = run(config)
+        result = run_plainly(config)
         num_calls = server.num_calls
-        again = run(config)
+        again = run_plainly(config)
         assert server.num_calls == num_calls
     accounting = json.loads(Path(result["corpus"], "report.json").read_text(encoding="utf-8"))["accounting"]
     costs, paid = accounting["costs"]["total"], accounting["paid"]["total"]
