@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cards import MODEL, configuration, curate_plainly, table_lines, teacher_answer, write_cards
-from corpus.versions import COMPANIONS, FATES, MANIFEST, latest_version
+from corpus.versions import COMPANIONS, FATES, MANIFEST, MARKS, latest_version
 from flows.workspace import Workspace
 from schemas.config import RunConfig
 from schemas.requests import TeacherRequest
@@ -246,7 +246,9 @@ def corpus_fingerprint(version: Path) -> dict[str, str]:
     manifest = json.loads((version / MANIFEST).read_text(encoding="utf-8"))
     for name in ("created", "checksum"):
         del manifest[name]
-    pages = set(COMPANIONS) - {FATES}
+    for change in manifest["history"]:
+        del change["created"]
+    pages = set(COMPANIONS) - {FATES, MARKS}
     manifest["files"] = [file for file in manifest["files"] if file["path"] not in pages]
     digests[MANIFEST] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     return digests

@@ -29,8 +29,8 @@ _HOLDER = re.compile(r"[\w.-]{1,120}", re.ASCII)
 class Pin:
     """A reason to keep a version.
 
-    holder: who keeps it, unique among the pins of a version. why: for people. since: ISO 8601 time. until: address of
-    a file; once it exists, or the folder that it belongs in does not, the pin holds no longer. "" is for good.
+    holder: who keeps it, unique among the pins of a version. why: for people. since: ISO 8601 time. until: path of the
+    result of a run; once it exists, or the folder of all runs does not, the pin holds no longer. "" is for good.
     """
 
     version: str
@@ -43,8 +43,8 @@ class Pin:
     def holds(self) -> bool:
         if not self.until:
             return True
-        awaited = Path(self.until)
-        return awaited.parent.is_dir() and not awaited.exists()
+        result = Path(self.until)
+        return result.parent.parent.is_dir() and not result.exists()
 
 
 @dataclass(frozen=True, slots=True)

@@ -134,8 +134,8 @@ def keep_version(plan: TrainingPlan) -> None:
     since = datetime.now(UTC).isoformat(timespec="seconds")
     for step in plan.selected:
         if step.result() is None:
-            with storage_errors(step.folder, "make"):
-                step.folder.mkdir(parents=True, exist_ok=True)
+            with storage_errors(step.folder.parent, "make"):
+                step.folder.parent.mkdir(parents=True, exist_ok=True)
             why = f"{step.program} of {plan.config.name} trains on it"
             until = str((step.folder / RESULT_FILE).resolve())
             pin = Pin(plan.corpus.name, f"train-{step.folder.name}", why, since, until)

@@ -58,7 +58,7 @@ def test_a_version_in_use_stays_until_the_awaited_file_is_there(corpus: Path, tm
 
 
 def test_a_pin_of_a_run_whose_folder_is_gone_holds_nothing(corpus: Path, tmp_path: Path) -> None:
-    pin_version(corpus, replace(PIN, until=str(tmp_path / "gone" / "result.json")))
+    pin_version(corpus, replace(PIN, until=str(tmp_path / "gone" / "run" / "result.json")))
     assert "v0001" in collect_versions(corpus, keep=1).removed
 
 

@@ -241,6 +241,7 @@ def test_a_version_is_kept_from_removal_until_the_programs_that_train_on_it_have
     assert collect_versions(home / "corpus", keep=1, is_dry=True).removed == ()
     for step in made.selected:
         assert collect_versions(home / "corpus", keep=1, is_dry=True).removed == ()
+        step.folder.mkdir(parents=True)
         (step.folder / "result.json").write_text("{}", encoding="utf-8")
     assert collect_versions(home / "corpus", keep=1).removed == (made.corpus.name,)
 
