@@ -218,6 +218,7 @@ def _row_groups(
         table = rows.slice(start, _RENDERED_ROWS).combine_chunks()
         texts = _render(table)
         names = _image_names(table)
+        written = _text_columns(table, texts, names, recipe)
         group: list[int] = []
         contents: list[list[bytes]] = []
         num_bytes = 0
@@ -236,10 +237,10 @@ def _row_groups(
             contents.append(images)
             num_bytes += size
             if len(group) == ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
-                yield _group_table(table, group, texts, contents, recipe)
+                yield _with_images(written, group, contents, names)
                 group, contents, num_bytes = [], [], 0
         if group:
-            yield _group_table(table, group, texts, contents, recipe)
+            yield _with_images(written, group, contents, names)
 
 
 def _image_names(table: pa.Table) -> list[list[str]]:
@@ -317,35 +318,38 @@ def _suspects(table: pa.Table) -> set[int]:
     return {*np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist(), *in_choices.to_pylist()}
 
 
-def _group_table(
-    table: pa.Table, places: list[int], texts: _Texts, contents: list[list[bytes]], recipe: str
-) -> pa.Table:
-    """Returns some rows with the columns of `CORPUS_SCHEMA`. contents: the bytes of their images."""
-    rows = table.take(pa.array(places))
-    num_images = np.array([len(images) for images in contents])
-    names = pc.list_flatten(rows["images"].combine_chunks()).field("sha256")
+def _text_columns(table: pa.Table, texts: _Texts, names: list[list[str]], recipe: str) -> pa.Table:
+    """Returns all rows with the columns of `CORPUS_SCHEMA`, but for their images."""
+    num_images = np.array([len(held) for held in names], np.int64)
     made = {
-        "prompt": _messages("user", [texts.questions[place] for place in places], num_images),
-        "completion": _messages("assistant", [texts.completions[place] for place in places], np.zeros_like(num_images)),
-        "images": _images([content for images in contents for content in images], names, num_images),
-        "answer": pa.array([texts.answers[place] for place in places], pa.string()),
-        "reference": rows["answer"],
-        "reasoning": pa.array([texts.reasonings[place] for place in places], pa.string()),
-        "recipe": pa.repeat(pa.scalar(recipe), len(places)),
+        "prompt": _messages("user", texts.questions, num_images),
+        "completion": _messages("assistant", texts.completions, np.zeros_like(num_images)),
+        "answer": pa.array(texts.answers, pa.string()),
+        "reference": table["answer"],
+        "reasoning": pa.array(texts.reasonings, pa.string()),
+        "recipe": pa.repeat(pa.scalar(recipe), table.num_rows),
     }
-    columns = [made[field.name] if field.name in made else _typed(rows[field.name], field) for field in CORPUS_SCHEMA]
-    return pa.table(columns, schema=CORPUS_SCHEMA)
+    schema = pa.schema([field for field in CORPUS_SCHEMA if field.name != "images"])
+    columns = [made[field.name] if field.name in made else _typed(table[field.name], field) for field in schema]
+    return pa.table(columns, schema=schema)
+
+
+def _with_images(written: pa.Table, places: list[int], contents: list[list[bytes]], names: list[list[str]]) -> pa.Table:
+    """Returns some of the rows, in order, with their images. contents: the bytes of those of the rows at `places`."""
+    first, last = places[0], places[-1]
+    is_run = last - first + 1 == len(places)
+    rows = written.slice(first, len(places)) if is_run else written.take(pa.array(places))
+    kind = CORPUS_SCHEMA.field("images")
+    held = [pa.array([content for images in contents for content in images], pa.binary())]
+    held.append(pa.array([name for place in places for name in names[place]], pa.string()))
+    images = pa.StructArray.from_arrays(held, fields=list(kind.type.value_type))
+    offsets = _offsets(np.array([len(images) for images in contents], np.int64))
+    column = pa.ListArray.from_arrays(offsets, images, type=kind.type)
+    return rows.add_column(CORPUS_SCHEMA.get_field_index("images"), kind, column)
 
 
 def _typed(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     return column if column.type == field.type else column.cast(field.type)
-
-
-def _images(contents: list[bytes], names: pa.Array, num_images: NDArray[np.int64]) -> pa.ListArray:
-    """Returns the images of rows as `datasets` reads them: their bytes, and their sha256 as a path."""
-    kind = CORPUS_SCHEMA.field("images").type
-    images = pa.StructArray.from_arrays([pa.array(contents, pa.binary()), names], fields=list(kind.value_type))
-    return pa.ListArray.from_arrays(_offsets(num_images), images, type=kind)
 
 
 def _messages(role: str, texts: list[str], num_images: NDArray[np.int64]) -> pa.ListArray:
