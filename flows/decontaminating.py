@@ -45,6 +45,10 @@ DECONTAMINATION = "decontamination"
 _log = logging.getLogger(__name__)
 
 
+SHOWN_CHARACTERS = 500
+"""Of a leaked benchmark question, for the report."""
+
+
 class Benchmarks:
     """The configured benchmarks of a run. Their rows are read when the first shard has to be compared.
 
@@ -56,6 +60,7 @@ class Benchmarks:
         self._runtime = runtime
         self._config = runtime.config.model_copy(update={"sources": settings.benchmarks})
         self._units = plan_units(self._config)
+        self._texts: dict[str, dict[str, str]] = {}
         self.digest = digest_of(
             settings.model_dump(exclude={"max_pairs"}), [(unit.source, unit.digest) for unit in self._units]
         )
@@ -89,6 +94,7 @@ class Benchmarks:
             )
             for sample in samples
         ]
+        self._texts[source.name] = {question.id: question.question[:SHOWN_CHARACTERS] for question in questions}
         return Benchmark(source.name, questions)
 
     def _samples(self, units: Sequence[Unit]) -> tuple[list[Sample], Counter[str]]:
@@ -102,7 +108,7 @@ class Benchmarks:
 
     def leaks(self, markers: Sequence[Marker]) -> list[BenchmarkLeaks]:
         """Returns how far each benchmark leaks into the rows of this stage's shards."""
-        root, index = self._runtime.workspace.root, self.index
+        root, index, texts = self._runtime.workspace.root, self.index, self._texts
         shards = (_read_leaks(_leaks_path(root, marker.shard), sum(index.num_questions)) for marker in markers)
         return [
             BenchmarkLeaks(
@@ -110,7 +116,12 @@ class Benchmarks:
                 found.num_questions,
                 found.num_matched_questions,
                 found.num_rows,
-                [LeakedPair(pair.origin, pair.question, pair.how, pair.share, pair.excerpt) for pair in found.pairs],
+                [
+                    LeakedPair(
+                        pair.origin, pair.question, pair.how, pair.share, pair.excerpt, texts[found.name][pair.question]
+                    )
+                    for pair in found.pairs
+                ],
             )
             for found in index.overlaps(shards, max_pairs=self._runtime.config.decontamination.max_pairs)
         ]

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from schemas.fates import Exit, Fate
+from schemas.rows import DECISION_FIELDS
 from schemas.samples import SAMPLE_SCHEMA, AnswerType, ImageRef, Kind, Sample, Topic, sample_to_record
 from schemas.verdicts import Decision, Heuristic, Mode
 
@@ -56,19 +57,11 @@ def sample_fate(
     )
 
 
-_DECISION_FIELDS = [
-    ("mode", pa.string()),
-    ("heuristic", pa.string()),
-    ("num_right", pa.int32()),
-    ("num_scored", pa.int32()),
-    ("num_sampled", pa.int32()),
-    ("probability", pa.float64()),
-    ("is_audit", pa.bool_()),
-]
+_DECIDED = tuple(field.name for field in DECISION_FIELDS)
 WORK_SCHEMA = pa.schema(
     [
         *SAMPLE_SCHEMA,
-        *(pa.field(name, kind) for name, kind in _DECISION_FIELDS),
+        *DECISION_FIELDS,
         pa.field("reasoning", pa.string()),
         pa.field("final_answer", pa.string()),
     ]
@@ -81,7 +74,7 @@ def work_table(rows: Iterable[WorkRow]) -> pa.Table:
     for row in rows:
         decision = row.decision
         record = {**sample_to_record(row.sample), "reasoning": row.reasoning, "final_answer": row.answer}
-        for name, _kind in _DECISION_FIELDS:
+        for name in _DECIDED:
             value = getattr(decision, name) if decision else None
             record[name] = str(value) if isinstance(value, Mode | Heuristic) else value
         records.append(record)
@@ -105,7 +98,7 @@ def labelled_table(before: pa.Table, places: NDArray[np.int64], rows: Sequence[W
     routed = [[None if value is None else str(value) for value in map(read, rows)] for read in _ROUTED.values()]
     for name, values in zip(_ROUTED, routed, strict=True):
         table = _with_column(table, name, values)
-    for name, _kind in _DECISION_FIELDS:
+    for name in _DECIDED:
         read = attrgetter(name)
         values = [None if row.decision is None else read(row.decision) for row in rows]
         table = _with_column(table, name, [str(v) if isinstance(v, Mode | Heuristic) else v for v in values])
@@ -156,7 +149,7 @@ def work_rows(table: pa.Table) -> list[WorkRow]:
         *(map(known.__getitem__, lists[name]) for name, known in _MEMBERS.items()),
         lists["licence"],
     )
-    decided = zip(*(lists[name] for name, _kind in _DECISION_FIELDS), strict=True)
+    decided = zip(*(lists[name] for name in _DECIDED), strict=True)
     decisions = (None if mode is None else Decision(_MODES[mode], _HEURISTICS[h], *r) for mode, h, *r in decided)
     return list(map(WorkRow, samples, decisions, lists["reasoning"], lists["final_answer"]))
 

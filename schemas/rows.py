@@ -28,16 +28,21 @@ class LabelledSample:
     reasoner: str = ""
 
 
+DECISION_FIELDS = (
+    pa.field("mode", pa.string()),
+    pa.field("heuristic", pa.string()),
+    pa.field("num_right", pa.int32()),
+    pa.field("num_scored", pa.int32()),
+    pa.field("num_sampled", pa.int32()),
+    pa.field("probability", pa.float64()),
+    pa.field("is_audit", pa.bool_()),
+)
+"""The fields of a `Decision`, in its order, as columns."""
+
 LABELLED_SCHEMA = pa.schema(
     [
         *SAMPLE_SCHEMA,
-        ("mode", pa.string()),
-        ("heuristic", pa.string()),
-        ("num_right", pa.int32()),
-        ("num_scored", pa.int32()),
-        ("num_sampled", pa.int32()),
-        ("probability", pa.float64()),
-        ("is_audit", pa.bool_()),
+        *DECISION_FIELDS,
         ("reasoning", pa.string()),
         ("final_answer", pa.string()),
         ("teacher", pa.string()),

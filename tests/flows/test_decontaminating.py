@@ -72,6 +72,7 @@ def test_rows_that_leak_a_benchmark_leave_the_flow_and_are_reported(tmp_path: Pa
         2,
         2,
     )
+    assert all(pair["text"] for pair in found["pairs"]), "the report shows what was leaked"
     assert [pair["question"] for pair in found["pairs"]] == ["m2", "m1"]  # an equal question tells more than a run
     page = Path(result["report"]).read_text(encoding="utf-8")
     assert "Rows that leak it" in page
