@@ -24,7 +24,7 @@ from PIL import Image
 from flows.curate import Curation, Work
 from flows.publishing import Published
 from flows.runtime import Runtime
-from flows.stages import Progress
+from flows.stages import Progress, check_quarantine
 from judges import difficulty, reasoning, routing
 from schemas.config import RunConfig, parse_config
 from sources import plan_units
@@ -199,7 +199,8 @@ class PlainCuration(Curation):
         work = plan(Progress(num_rows))
         with ThreadPoolExecutor(self.config.parallel_shards, thread_name_prefix=stage) as shards:
             self.markers[stage] = list(shards.map(lambda call: call(), work.values()))
-        self._check_quarantine(stage)
+        folder = self.runtime.workspace.root
+        check_quarantine(self.config, self.markers, stage, num_rows=self.num_rows, folder=folder)
 
 
 def curate_plainly(config: RunConfig) -> Published:

@@ -16,18 +16,15 @@ import heapq
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corpus.storage import storage_errors
+from corpus.storage import corpus_file_errors
 from corpus.tally import corpus_shards
-from schemas.errors import CorpusError
 from schemas.verdicts import Heuristic, Mode
 
 ROWS_PER_STRATUM = 4
@@ -175,7 +172,7 @@ class _Rows:
 
     def units(self) -> Iterator[tuple[_Stratum, int, str, tuple[Path, int, int]]]:
         for path in self.shards:
-            with _reading(path), pq.ParquetFile(path) as file:
+            with corpus_file_errors(path), pq.ParquetFile(path) as file:
                 for row_group in range(file.num_row_groups):
                     table = file.read_row_group(row_group, columns=list(_COLUMNS))
                     for index, values in enumerate(zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True)):
@@ -266,16 +263,7 @@ def read_drawn(drawn: Sequence[Drawn]) -> Iterator[tuple[Drawn, dict[str, Any]]]
     for row in drawn:
         groups.setdefault((row.path, row.row_group), []).append(row)
     for (path, row_group), rows in groups.items():
-        with _reading(path), pq.ParquetFile(path) as file:
+        with corpus_file_errors(path), pq.ParquetFile(path) as file:
             table = file.read_row_group(row_group)
         for row in rows:
             yield row, table.slice(row.index, 1).to_pylist()[0]
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with storage_errors(path, "read"):
-            yield
-    except (pa.ArrowException, KeyError) as error:
-        raise CorpusError(f"{path} is not a file of a corpus: {error}") from error

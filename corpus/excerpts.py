@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corpus.sampling import pick_spread
-from corpus.storage import storage_errors
+from corpus.storage import corpus_file_errors
 from corpus.tally import NOT_GIVEN, corpus_shards
 from corpus.thumbnails import IMAGE_BYTES, thumbnail
-from schemas.errors import BimodeError, CorpusError, RowError
+from schemas.errors import BimodeError, RowError
 from schemas.fates import Exit, Fate
 from schemas.verdicts import Heuristic, Mode
 
@@ -246,7 +245,7 @@ def _picked_places(
 def _batches(path: Path, columns: Sequence[str]) -> Iterator[pl.DataFrame]:
     """Yields some columns of a file, with the number of each row as `row`."""
     num_read = 0
-    with _reading(path), pq.ParquetFile(path) as file:
+    with corpus_file_errors(path), pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=list(columns)):
             table = pa.Table.from_batches([batch])
             frame = pl.DataFrame({name: pl.Series(name, table[name]) for name in columns})
@@ -271,7 +270,7 @@ def _records(places: Sequence[_Place]) -> list[dict[str, Any]]:
         by_file[place.path].append(place)
     records: dict[_Place, dict[str, Any]] = {}
     for path, wanted in by_file.items():
-        with _reading(path), pq.ParquetFile(path) as file:
+        with corpus_file_errors(path), pq.ParquetFile(path) as file:
             start = 0
             for index in range(file.num_row_groups):
                 stop = start + file.metadata.row_group(index).num_rows
@@ -280,15 +279,6 @@ def _records(places: Sequence[_Place]) -> list[dict[str, Any]]:
                     records |= {place: group.slice(place.row - start, 1).to_pylist()[0] for place in here}
                 start = stop
     return [records[place] for place in places]
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        with storage_errors(path, "read"):
-            yield
-    except (pa.ArrowException, KeyError) as error:
-        raise CorpusError(f"{path} is not a file of a corpus: {error}") from error
 
 
 def _bytes_per_image(nums_images: Iterable[int]) -> int:

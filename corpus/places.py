@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from schemas.errors import StorageError
+from schemas.errors import StorageError, storage_failures
 
 _TEMPORARY = ".writing-"
 """What the temporary name of a file begins with. Who writes a folder sees to it that nobody else does."""
@@ -182,14 +180,3 @@ class Place:
 def _disk_failures() -> tuple[type[Exception], ...]:
     """Returns what is caught around the work of a caller, whose other errors are its own."""
     return (OSError,)
-
-
-def storage_failures() -> tuple[type[Exception], ...]:
-    """Returns what file systems raise: OSError, an unknown protocol or a missing library, and what botocore adds.
-
-    Wrong or missing credentials and an endpoint that cannot be reached are no OSErrors in botocore. It is looked at
-    only where s3fs has loaded it.
-    """
-    botocore: Any = sys.modules.get("botocore.exceptions")
-    extra = () if botocore is None else (botocore.BotoCoreError, botocore.ClientError)
-    return (OSError, ImportError, ValueError, *extra)

@@ -6,15 +6,18 @@ Every failure of the disk becomes a `StorageError` that names the file and, for 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from schemas.errors import StorageError
+import pyarrow as pa
+
+from schemas.errors import CorpusError, StorageError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -31,10 +34,11 @@ def storage_errors(path: Path, action: str) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, is_flushed: bool = True) -> Iterator[Path]:
     """Yields a temporary name beside `path`; when the block succeeds, the file written there takes the final name.
 
     Its bytes reach the disk before the rename, so a crash leaves the old file or the new one, never half a file.
+    is_flushed: off for files that are flushed later, all at once, and not believed before.
     The temporary name starts with a dot and ends in .tmp, so no pattern for shards matches it.
 
     Raises StorageError: when the disk fails. The temporary file is removed whatever fails.
@@ -44,12 +48,47 @@ def replacing(path: Path) -> Iterator[Path]:
         with storage_errors(path, "write"):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            sync(temporary)
+            if is_flushed:
+                sync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            if is_flushed:
+                sync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def corpus_file_errors(path: Path) -> Iterator[None]:
+    """Turns what a damaged or foreign Parquet file fails with into a CorpusError, an OSError into a StorageError."""
+    try:
+        with storage_errors(path, "read"):
+            yield
+    except (pa.ArrowException, KeyError) as error:
+        raise CorpusError(f"{path} is not a file of a corpus: {error}") from error
+
+
+@contextmanager
+def locked_folder(folder: Path, *, what: str, on_held: Callable[[BlockingIOError], None]) -> Iterator[None]:
+    """Holds a folder for this process, by a lock that goes with the process, however that ends. Makes it if need be.
+
+    what: the folder is, for errors. on_held: called if another process holds it; if it returns, that one is waited for.
+
+    Raises StorageError: the folder cannot be used.
+    """
+    with storage_errors(folder, f"use the {what}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        with storage_errors(folder, f"use the {what}"):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                on_held(error)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sync(path: Path) -> None:
@@ -66,7 +105,7 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Writes a file, whole or not at all. Raises StorageError."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)

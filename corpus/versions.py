@@ -13,7 +13,6 @@ check it without this project.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,7 +30,7 @@ import pyarrow.parquet as pq
 
 from corpus.croissant import CroissantInputs, croissant_record
 from corpus.lineage import MARK_SCHEMA, num_marks_changed, read_marks, write_marks
-from corpus.storage import file_sha256, storage_errors, sync, write_bytes, write_text
+from corpus.storage import file_sha256, locked_folder, storage_errors, sync, write_bytes, write_text
 from corpus.writer import ShardInfo, shard_path, write_corpus_shard
 from schemas.errors import ConfigError, CorpusError, RowError
 from schemas.fates import StageCount
@@ -52,7 +51,7 @@ a run that was killed and started again pays otherwise for the same corpus, and 
 _FORMAT = 2
 """Format 1 had no lineage, marks and history; versions of it are read, and never continued."""
 
-_LOCK, _SEEN = ".lock", ".seen.json"
+_SEEN = ".seen.json"
 _VERSION_NAME = re.compile(r"v(\d{4,})")
 _LOG = logging.getLogger(__name__)
 
@@ -177,7 +176,7 @@ class Base:
     def marks(self) -> pa.Table:
         return read_marks(self.folder / MARKS)
 
-    def num_shards(self, mode: Mode) -> int:
+    def next_shard_number(self, mode: Mode) -> int:
         """Returns the number that the first new shard of a mode gets."""
         paths = [PurePosixPath(shard.path) for shard in self.manifest.shards]
         return max((int(path.stem) + 1 for path in paths if path.parent.name == mode), default=0)
@@ -224,23 +223,9 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     Raises StorageError: the folder cannot be used.
     """
-    path = Path(folder) / _LOCK
-    with storage_errors(path, "lock"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                _LOG.info("another process makes a version in %s; waiting for it", folder)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except BaseException:
-            os.close(descriptor)
-            raise
-    try:
+    held = f"another process makes a version in {folder}; waiting for it"
+    with locked_folder(Path(folder), what="corpus folder", on_held=lambda _: _LOG.info("%s", held)):
         yield
-    finally:
-        os.close(descriptor)
 
 
 def find_base(folder: str | Path, *, name: str, lineage: str) -> Base | None:

@@ -185,12 +185,17 @@ class Curation:
         self._counts: dict[str, StageCount] = {}
         self.benchmarks = Benchmarks(runtime) if self.config.decontamination.benchmarks else None
 
+    @property
+    def num_rows(self) -> int:
+        """Returns how many rows the sources hold."""
+        return sum(unit.num_rows for unit in self.units)
+
     def run(self) -> Published:
         """Runs every stage and publishes the corpus. Raises BimodeError: with what to do."""
         before = ""
         for stage in stages.stages_of(self.config):
             self.stage = stage
-            num_rows = self._num_kept(before) if before else sum(unit.num_rows for unit in self.units)
+            num_rows = self._num_kept(before) if before else self.num_rows
             self._stage(stage, num_rows, self._planner(stage, before))
             if stage == stages.DUPLICATES:
                 compared = self.markers[before]
@@ -220,7 +225,9 @@ class Curation:
         count, seconds = counts[stage], round(time.monotonic() - began, 3)
         self._tell(events.STAGE_FINISHED, {"stage": stage, **count.to_record(), "seconds": seconds})
         try:
-            self._check_quarantine(stage)
+            stages.check_quarantine(
+                self.config, self.markers, stage, num_rows=self.num_rows, folder=self.runtime.workspace.root
+            )
         except QuarantineExceeded:
             self._tell(events.QUARANTINE_EXCEEDED, self._quarantine_record(stage, counts))
             raise
@@ -238,7 +245,7 @@ class Curation:
         reasons = sum((count.quarantined for count in counts.values()), Counter[str]())
         return {
             "stage": stage,
-            "rows": sum(unit.num_rows for unit in self.units),
+            "rows": self.num_rows,
             "quarantined": reasons.total(),
             "max_quarantine_share": self.config.max_quarantine_share,
             "reasons": dict(reasons.most_common()),
@@ -335,18 +342,6 @@ class Curation:
             return finished
 
         return {marker.shard: lambda marker=marker: work(marker) for marker in done}  # type: ignore[misc]
-
-    def _check_quarantine(self, stage: str) -> None:
-        """Raises QuarantineExceeded: more than the configured share of all rows is quarantined so far."""
-        num_rows = sum(unit.num_rows for unit in self.units)
-        reasons = sum((count.quarantined for count in self.counts().values()), Counter[str]())
-        if reasons.total() > self.config.max_quarantine_share * num_rows:
-            listed = ", ".join(f"{number} {reason}" for reason, number in sorted(reasons.items()))
-            raise QuarantineExceeded(
-                f"after stage {stage}, {reasons.total()} of {num_rows} rows are quarantined ({listed}), more than "
-                f"max_quarantine_share = {self.config.max_quarantine_share}. See {self.runtime.workspace.root}/stages/"
-                f"{stage}/*.fates.parquet for each row's reason; fix the input or raise the share"
-            )
 
 
 def _run_name() -> str:

@@ -35,12 +35,12 @@ def fetch_moved(workspace: Workspace, stage: str, undone: Sequence[Marker]) -> i
 
     Raises StorageError: a journal is damaged, or the disk refuses.
     """
-    folder = workspace.journal_path(stage, "").parent / stage
+    folder = workspace.journal_path(stage, "any").parent
     if not folder.is_dir() or not undone:
         return 0
-    num_moved = 0
+    num_moved, markers = 0, {marker.shard: marker for marker in undone}
     for shard, journals in _donors(workspace, folder, stage, undone).items():
-        marker = next(marker for marker in undone if marker.shard == shard)
+        marker = markers[shard]
         ids = set(workspace.read_columns(marker.stage, shard, ["id"])["id"].to_pylist())
         num_moved += _copy(journals, workspace.journal_path(stage, shard), ids)
     if num_moved:

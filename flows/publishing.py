@@ -195,14 +195,14 @@ def _write_rows(runtime: Runtime, markers: Mapping[str, Sequence[Marker]], base:
     config = runtime.config
     building = begin_version(corpus_folder(config), base)
     run_shards = [marker.shard for marker in markers[LAST_STAGE]]
-    news = find_news(_published_ids(base), (_ids(runtime, shard) for shard in run_shards))
+    news = find_news(map(read_ids, base.shard_paths) if base else (), (_ids(runtime, shard) for shard in run_shards))
     shards = write_shards(
-        _labelled(runtime, run_shards, news.is_new),
+        _labelled(runtime, markers[LAST_STAGE], news.is_new),
         building,
         shard_rows=config.corpus.shard_rows,
         read_image=runtime.images.read,
         recipe=recipe,
-        first=base.num_shards if base else lambda mode: 0,
+        first=base.next_shard_number if base else lambda mode: 0,
     )
     unwritable = [fate for shard in shards for fate in shard.fates]
     write_fates(unwritable, runtime.workspace.fates_path(STAGE, "all"))
@@ -221,20 +221,17 @@ def _ids(runtime: Runtime, shard: str) -> pa.ChunkedArray:
     return runtime.workspace.read_columns(LAST_STAGE, shard, ["id"])["id"]
 
 
-def _published_ids(base: Base | None) -> list[pa.ChunkedArray]:
-    return [read_ids(path) for path in base.shard_paths] if base else []
-
-
 def _marks(base: Base | None, news: News, building: Path) -> pa.Table:
     """Returns the marks of the version being built: one for each published row that the run does not have."""
     if base is None:
         return MARK_SCHEMA.empty_table()
-    ids = pa.chunked_array(
-        [pa.array([], pa.string()), *(chunk for ids in _published_ids(base) for chunk in ids.chunks)]
-    )
-    absent = ids.filter(pa.array(news.absent)).combine_chunks()
+    absent, start = [pa.array([], pa.string())], 0
+    for shard, path in zip(base.shards, base.shard_paths, strict=True):
+        part, start = news.absent[start : start + shard.num_rows], start + shard.num_rows
+        if part.any():
+            absent.append(read_ids(path).combine_chunks().filter(pa.array(part)))
     version = next_version_name(building.parent)
-    return new_marks(absent, before=base.marks, fates=building / FATES, version=version)
+    return new_marks(pa.concat_arrays(absent), before=base.marks, fates=building / FATES, version=version)
 
 
 def _published(committed: Committed, paid: Ledger, prices: PricesConfig) -> Published:
@@ -266,17 +263,16 @@ def stage_counts(markers: Mapping[str, Sequence[Marker]]) -> dict[str, StageCoun
     return counts
 
 
-def _labelled(runtime: Runtime, shards: Sequence[str], is_new: NDArray[np.bool_]) -> Iterator[pa.Table]:
+def _labelled(runtime: Runtime, markers: Sequence[Marker], is_new: NDArray[np.bool_]) -> Iterator[pa.Table]:
     """Yields the rows of the last stage that are new, in order, with `LABELLED_SCHEMA`. is_new: bool [all its rows]."""
     config, start = runtime.config, 0
-    for shard in shards:
-        stop = start + len(_ids(runtime, shard))
-        part, start = is_new[start:stop], stop
+    for marker in markers:
+        part, start = is_new[start : start + marker.count.num_kept], start + marker.count.num_kept
         if not part.any():
             continue
-        rows = runtime.workspace.read_rows(LAST_STAGE, shard).filter(pa.array(part))
+        rows = runtime.workspace.read_rows(LAST_STAGE, marker.shard).filter(pa.array(part))
         for column, stage in (("mode", "decision"), ("final_answer", "answer")):
-            assert rows[column].null_count == 0, f"a row of {shard} has no {stage}"
+            assert rows[column].null_count == 0, f"a row of {marker.shard} has no {stage}"
         has_trace = pc.equal(rows["mode"], str(Mode.THINK))
         is_open = pc.and_(pc.equal(rows["kind"], str(Kind.SUBJECTIVE)), pc.is_null(rows["answer"]))
         writer = pc.if_else(has_trace, config.reasoner_endpoint.model, pc.if_else(is_open, config.teacher.model, ""))

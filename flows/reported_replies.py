@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 
@@ -32,12 +31,11 @@ from schemas.requests import CallFailure, Reply, TeacherRequest
 from schemas.samples import SAMPLE_SCHEMA, Kind, Sample, table_to_samples
 from schemas.verdicts import Verdict
 from teacher.client import reply_key
-from teacher.records import parsed_record
+from teacher.compacted import stored_reply
 from teacher.replies import scan_replies
 
 _ROUTED = "routing"
 _SHARDS_AT_ONCE = 64
-_REPLY_FIELDS = tuple(field.name for field in fields(Reply))
 _PURPOSES = ("routing", "topic", "difficulty", "performance", "reasoning", "consistency", "direct")
 """The judges in the order in which a row meets them."""
 
@@ -233,20 +231,11 @@ def _stored_replies(journals: Path, ids: Collection[str]) -> dict[str, list[_Sto
     # A row that came to lie in another shard took copies of its replies along.
     for record in found.unique("key", keep="first", maintain_order=True).iter_rows(named=True):
         choices = tuple(record["choices"] or ())
-        stored = _Stored(record["key"], record["purpose"], record["index"], choices, _reply(record))
+        stored = _Stored(record["key"], record["purpose"], record["index"], choices, stored_reply(record))
         replies[record["sample_id"]].append(stored)
     for about_one in replies.values():
         about_one.sort(key=lambda stored: (*_PURPOSES, stored.purpose).index(stored.purpose))
     return replies
-
-
-def _reply(record: Mapping[str, Any]) -> Reply:
-    """Returns the reply of a row of `teacher.compacted.SCHEMA`; one of an earlier version may lack its last fields."""
-    if record["exact_record"] is not None:
-        return parsed_record(record["exact_record"]).reply
-    members = {name: record[name] for name in _REPLY_FIELDS if record[name] is not None}
-    members["top_logprobs"] = tuple((pair["token"], pair["logprob"]) for pair in record["top_logprobs"] or ())
-    return Reply(**members)
 
 
 def _stage_rows(workspace: Workspace, stage: str, columns: Sequence[str], ids: Collection[str]) -> pl.DataFrame:

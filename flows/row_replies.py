@@ -8,8 +8,8 @@ Nothing is asked and nothing is written.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,9 @@ from schemas.config import RunConfig
 from schemas.errors import StorageError
 from schemas.requests import Reply, TeacherRequest
 from schemas.verdicts import Verdict
+from teacher.compacted import stored_reply
 from teacher.journal import Journal
-from teacher.records import parsed_record
 from teacher.replies import scan_replies
-
-_REPLY_FIELDS = [field.name for field in fields(Reply)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,20 +145,11 @@ def _stored_replies(stage: str, folder: Path, sample_id: str, used: set[str]) ->
             stage,
             record["purpose"],
             record["index"],
-            _reply(record),
+            stored_reply(record),
             stored_at,
             is_used=record["key"] in used,
             choices=tuple(record["choices"] or ()),
         )
-
-
-def _reply(record: Mapping[str, Any]) -> Reply:
-    """Returns the reply of a row of `teacher.compacted.SCHEMA`; one of an earlier version may lack its last fields."""
-    if record["exact_record"] is not None:
-        return parsed_record(record["exact_record"]).reply
-    members = {name: record[name] for name in _REPLY_FIELDS if record[name] is not None}
-    members["top_logprobs"] = tuple((pair["token"], pair["logprob"]) for pair in record["top_logprobs"] or ())
-    return Reply(**members)
 
 
 async def _with_reading(stored: StoredReply, row: WorkRow, desk: Desk) -> StoredReply:

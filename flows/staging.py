@@ -10,18 +10,15 @@ them are, before the first takes its place. What a crash of the machine leaves o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from corpus.storage import file_sha256, storage_errors, sync
-from flows.workspace import _LABEL_COLUMNS, Marker, Workspace
-from schemas.fates import count_table
+from corpus.storage import file_sha256, replacing, storage_errors, sync
+from flows.workspace import Marker, Workspace
 from schemas.usage import Ledger
 
 STAGING = "relabelling"
@@ -38,43 +35,9 @@ class _Staged(Workspace):
         output = hashlib.sha256(b"".join(bytes.fromhex(file_sha256(path)) for path in paths))
         return found if output.hexdigest() == found.output else None
 
-    def finish_shard(
-        self,
-        stage: str,
-        shard: str,
-        *,
-        digest: str,
-        num_in: int,
-        rows: pa.Table,
-        fates: pa.Table,
-        usage: Ledger | None = None,
-    ) -> Marker:
-        count = count_table(num_in, rows.num_rows, fates)
-        count.check(f"{stage}/{shard}")
-        output = hashlib.sha256()
-        for path, table in ((self.rows_path(stage, shard), rows), (self.fates_path(stage, shard), fates)):
-            content = _parquet(table)
-            output.update(hashlib.sha256(content).digest())
-            _write(path, content)
-        marker = Marker(stage, shard, digest, output.hexdigest(), count, dict(usage or {}))
-        _write(self.marker_path(stage, shard), json.dumps(marker.to_record(), sort_keys=True).encode())
-        return marker
-
-
-def _parquet(table: pa.Table) -> memoryview:
-    """Returns a table as `Workspace.finish_shard` writes it."""
-    sink = pa.BufferOutputStream()
-    labels = [name for name in table.column_names if name in _LABEL_COLUMNS]
-    pq.write_table(table, sink, compression="lz4", use_dictionary=labels)
-    return memoryview(sink.getvalue())
-
-
-def _write(path: Path, content: bytes | memoryview) -> None:
-    with storage_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+    def _write(self, path: Path, content: bytes | memoryview) -> None:
+        with replacing(path, is_flushed=False) as temporary:
+            temporary.write_bytes(content)
 
 
 class StagedWorkspace(Workspace):

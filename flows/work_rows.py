@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from schemas.fates import Exit, Fate
 from schemas.rows import DECISION_FIELDS
-from schemas.samples import SAMPLE_SCHEMA, AnswerType, ImageRef, Kind, Sample, Topic, sample_to_record
+from schemas.samples import SAMPLE_SCHEMA, AnswerType, ImageRef, Kind, Sample, Topic
 from schemas.verdicts import Decision, Heuristic, Mode
 
 FATE_QUESTION_CHARACTERS = 500
@@ -68,19 +68,6 @@ WORK_SCHEMA = pa.schema(
 )
 
 
-def work_table(rows: Iterable[WorkRow]) -> pa.Table:
-    """Returns the rows as an Arrow table with `WORK_SCHEMA`, in order."""
-    records = []
-    for row in rows:
-        decision = row.decision
-        record = {**sample_to_record(row.sample), "reasoning": row.reasoning, "final_answer": row.answer}
-        for name in _DECIDED:
-            value = getattr(decision, name) if decision else None
-            record[name] = str(value) if isinstance(value, Mode | Heuristic) else value
-        records.append(record)
-    return pa.Table.from_pylist(records, schema=WORK_SCHEMA)
-
-
 def unlabelled_table(samples: pa.Table) -> pa.Table:
     """Returns a table of samples as one of work rows about which nothing is decided yet."""
     missing = [field for field in WORK_SCHEMA if field.name not in SAMPLE_SCHEMA.names]
@@ -89,7 +76,7 @@ def unlabelled_table(samples: pa.Table) -> pa.Table:
 
 
 def labelled_table(before: pa.Table, places: NDArray[np.int64], rows: Sequence[WorkRow]) -> pa.Table:
-    """Returns what `work_table` makes of rows that were read from places of a table, in a tenth of the time.
+    """Returns rows that were read from places of a table as a table like it, with what was decided about them.
 
     What no stage changes of a row is taken from the table, so that only columns of single values are made anew.
     before: with `WORK_SCHEMA`. places: ascending, of each row the place from which it was read.
@@ -136,7 +123,7 @@ def passed_on(table: pa.Table, concerned: NDArray[np.int64], *labelled: Placed) 
 
 
 def work_rows(table: pa.Table) -> list[WorkRow]:
-    """Returns the rows of a table with `WORK_SCHEMA`. Inverse of `work_table`."""
+    """Returns the rows of a table with `WORK_SCHEMA`."""
     table = table.combine_chunks()
     lists = {name: table[name].to_pylist() for name in table.column_names if name not in ("images", "choices")}
     images, choices = _image_refs(_only_chunk(table["images"])), _choices(_only_chunk(table["choices"]))

@@ -12,10 +12,8 @@ was; a changed setting changes the digest and redoes exactly the stages that dep
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -25,7 +23,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corpus.storage import storage_errors, write_bytes, write_text
+from corpus.storage import locked_folder, storage_errors, write_bytes
 from schemas.errors import StorageError
 from schemas.fates import StageCount, count_table
 from schemas.usage import Ledger, Usage, UsageKey
@@ -160,10 +158,16 @@ class Workspace:
             (self.rows_path(stage, shard), rows),
             (self.fates_path(stage, shard), fates),
         ):
-            output.update(_write_table(path, table))
+            content = _parquet(table)
+            self._write(path, content)
+            output.update(hashlib.sha256(content).digest())
         marker = Marker(stage, shard, digest, output.hexdigest(), count, dict(usage or {}))
-        write_text(self.marker_path(stage, shard), json.dumps(marker.to_record(), sort_keys=True))
+        self._write(self.marker_path(stage, shard), json.dumps(marker.to_record(), sort_keys=True).encode())
         return marker
+
+    def _write(self, path: Path, content: bytes | memoryview) -> None:
+        """Writes a file, whole or not at all, and flushes it to the disk. Raises StorageError."""
+        write_bytes(path, content)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,24 +175,17 @@ class Workspace:
 
         Raises StorageError: another run holds it, or the folder cannot be made.
         """
-        with storage_errors(self.root, "use the work folder"):
-            self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.root / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise StorageError(f"another run is at work in {self.root}; wait for it or choose another") from error
+
+        def refuse(error: BlockingIOError) -> None:
+            raise StorageError(f"another run is at work in {self.root}; wait for it or choose another") from error
+
+        with locked_folder(self.root, what="work folder", on_held=refuse):
             yield
-        finally:
-            os.close(descriptor)
 
 
-def _write_table(path: Path, table: pa.Table) -> bytes:
-    """Writes a Parquet file, whole or not at all; returns its sha256. Raises StorageError."""
+def _parquet(table: pa.Table) -> memoryview:
+    """Returns a table as the bytes of a Parquet file."""
     sink = pa.BufferOutputStream()
     labels = [name for name in table.column_names if name in _LABEL_COLUMNS]
     pq.write_table(table, sink, compression="lz4", use_dictionary=labels)
-    content = sink.getvalue().to_pybytes()
-    write_bytes(path, content)
-    return hashlib.sha256(content).digest()
+    return memoryview(sink.getvalue())

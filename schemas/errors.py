@@ -7,6 +7,9 @@ they become a quarantined row (see `schemas.fates`).
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 
 class BimodeError(Exception):
     """Base of all errors meant for the user. `exit_code` is the process exit status of the command line."""
@@ -85,3 +88,14 @@ class RowError(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def storage_failures() -> tuple[type[Exception], ...]:
+    """Returns what file systems raise: OSError, an unknown protocol or a missing library, and what botocore adds.
+
+    Wrong or missing credentials and an endpoint that cannot be reached are no OSErrors in botocore. It is looked at
+    only where s3fs has loaded it.
+    """
+    botocore: Any = sys.modules.get("botocore.exceptions")
+    extra = () if botocore is None else (botocore.BotoCoreError, botocore.ClientError)
+    return (OSError, ImportError, ValueError, *extra)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from schemas.config import SourceConfig
-from schemas.errors import SourceError
+from schemas.errors import SourceError, storage_failures
 
 JSON_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -157,14 +156,3 @@ def reading(source: str, path: str) -> Iterator[None]:
     except storage_failures() as error:  # looked up when something is raised: s3fs is loaded by then
         detail = getattr(error, "strerror", None) or str(error)
         raise SourceError(f"source {source}: cannot read {path}: {detail}") from error
-
-
-def storage_failures() -> tuple[type[Exception], ...]:
-    """Returns what file systems raise: OSError, an unknown protocol or a missing library, and what botocore adds.
-
-    Missing credentials and an endpoint that cannot be reached are no OSErrors in botocore. It is looked at only where
-    s3fs has loaded it.
-    """
-    botocore: Any = sys.modules.get("botocore.exceptions")
-    extra = () if botocore is None else (botocore.BotoCoreError, botocore.ClientError)
-    return (OSError, ImportError, ValueError, *extra)

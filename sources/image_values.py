@@ -22,8 +22,8 @@ from urllib.parse import unquote_to_bytes
 
 import fsspec
 
-from schemas.errors import RowError, SourceError
-from sources.files import local_folder, storage_failures
+from schemas.errors import RowError, SourceError, storage_failures
+from sources.files import local_folder
 from sources.text import describe, is_missing
 
 MAX_IMAGES = 64

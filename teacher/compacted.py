@@ -13,7 +13,7 @@ import json
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import islice
@@ -307,7 +307,7 @@ def _record(row: dict[str, Any]) -> JournalRecord:
     sampling = Sampling(row["temperature"], row["top_p"], row["max_tokens"]) if row["max_tokens"] is not None else None
     return JournalRecord(
         **{name: row[name] for name in ("key", "purpose", "sample_id", "index", "seed")},
-        reply=_reply(row),
+        reply=stored_reply(row),
         messages=tuple(Message(message["role"], message["text"], tuple(message["images"])) for message in messages),
         sampling=sampling,
         choices=tuple(row["choices"]),
@@ -315,9 +315,10 @@ def _record(row: dict[str, Any]) -> JournalRecord:
     )
 
 
-def _reply(row: dict[str, Any]) -> Reply:
+def stored_reply(row: Mapping[str, Any]) -> Reply:
+    """Returns the reply of a row with the columns of `SCHEMA`; one of an earlier version may lack its last fields."""
     if row["exact_record"] is not None:
         return parsed_record(row["exact_record"]).reply
-    members = {name: row[name] for name in _REPLY_FIELDS if name in row}
-    members["top_logprobs"] = tuple((pair["token"], pair["logprob"]) for pair in row["top_logprobs"])
+    members = {name: row[name] for name in _REPLY_FIELDS if row.get(name) is not None}
+    members["top_logprobs"] = tuple((pair["token"], pair["logprob"]) for pair in row["top_logprobs"] or ())
     return Reply(**members)

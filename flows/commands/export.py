@@ -92,10 +92,10 @@ def _corpus(config: Path | None, corpus: str | None) -> str:
         raise ConfigError("say what to export: either --config my.yaml or --corpus FOLDER")
     if corpus is not None:
         return corpus
-    from flows.run_config import corpus_folder, load_run  # noqa: PLC0415
+    from flows.run_config import corpus_address, corpus_folder, load_run  # noqa: PLC0415
 
     settings = load_run(str(config))
-    return settings.corpus.folder or str(corpus_folder(settings))  # a Path would spoil an address
+    return corpus_address(settings) or str(corpus_folder(settings))
 
 
 class _Progress:

@@ -26,8 +26,8 @@ def summary(config: ConfigOption, workdir: WorkdirOption = None, as_json: JsonOp
     from corpus.report import summary_table  # noqa: PLC0415 - what reads data takes seconds to import
     from corpus.versions import FIGURES  # noqa: PLC0415
     from flows import stack  # noqa: PLC0415
-    from flows.curate import load_run  # noqa: PLC0415
     from flows.publishing import RUN_FILE  # noqa: PLC0415
+    from flows.run_config import load_run  # noqa: PLC0415
 
     with user_errors():
         settings = load_run(str(config), workdir=workdir)

@@ -26,7 +26,7 @@ from flows.accounting import (
     paid_line,
     progress_line,
 )
-from flows.curate import load_run
+from flows.run_config import load_run
 from flows.runtime import Asker, Runtime
 from schemas.requests import CallFailure, Message, Sampling, TeacherRequest
 from schemas.usage import Cost, Usage, UsageKey, total_usage

@@ -18,9 +18,10 @@ import pytest
 
 from benchmarks.cards import curate_plainly
 from corpus.versions import load_manifest, verify_version
-from flows.curate import curate, load_run
+from flows.curate import curate
 from flows.estimate import estimate_run, render_estimate
 from flows.holding import held
+from flows.run_config import load_run
 from flows.stages import STAGES
 from schemas.errors import (
     ConfigError,

@@ -9,9 +9,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from flows.curate import curate, load_run
+from flows.curate import curate
 from flows.decontaminating import DECONTAMINATION, Benchmarks
 from flows.estimate import estimate_run, render_estimate
+from flows.run_config import load_run
 from flows.runtime import Runtime
 from flows.stages import Progress, read_source_shard, remove_leaks, stages_of
 from schemas.errors import ConfigError, SourceError

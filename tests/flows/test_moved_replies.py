@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.cards import curate_plainly
-from flows.curate import load_run
+from flows.run_config import load_run
 from teacher.replies import scan_rows
 from tests.flows.scripted_world import scripted_answer, write_config, write_questions
 from tests.replay_teacher import ReplayTeacher

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from filters.duplicates import EXACT
-from flows.curate import load_run
 from flows.removing import plan_duplicates
+from flows.run_config import load_run
 from flows.runtime import Runtime
 from flows.stages import Progress, read_source_shard, remove_duplicates
 from sources import plan_units

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from flows import stages
 from flows.commands.agreement import agreement
-from flows.curate import curate, load_run
+from flows.curate import curate
 from flows.estimate import estimate_run, render_estimate
 from flows.panel_votes import judged_shards, panel_agreement
+from flows.run_config import load_run
 from flows.runtime import Runtime
 from flows.stages import RECIPE_VERSION, Progress, stage_digest
 from flows.workspace import Marker, digest_of

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from filters.duplicates import EXACT, NEAR
-from flows.curate import load_run
 from flows.removing import plan_duplicates, settle, settled_shards
+from flows.run_config import load_run
 from flows.runtime import Runtime
 from flows.stages import Progress, read_source_shard, remove_duplicates
 from flows.workspace import Marker

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.cards import curate_plainly
 from corpus.versions import list_versions, load_manifest, locked, verify_version
-from flows.curate import load_run
+from flows.run_config import load_run
 from tests.flows.scripted_world import scripted_answer, write_config, write_questions
 from tests.replay_teacher import ReplayTeacher
 

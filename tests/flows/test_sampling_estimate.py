@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flows.curate import load_run
 from flows.estimate import estimate_run, render_estimate
+from flows.run_config import load_run
 from flows.sampling_estimate import MIN_SOURCE_ROWS, RowSampler, SamplePace, Scaled, Stratum, scaled, scaled_usages
 from schemas.config import PricesConfig
 from schemas.samples import Sample

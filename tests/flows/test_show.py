@@ -19,7 +19,7 @@ from corpus.difference import Change, compare_versions
 from corpus.validation import validate_version
 from corpus.versions import list_versions, load_manifest
 from flows.commands.show import EXAMPLES, show
-from flows.curate import load_run
+from flows.run_config import load_run
 from schemas.requests import TeacherRequest
 from teacher.journal import Journal, read_journal
 from tests.flows.scripted_world import scripted_answer, write_config, write_questions

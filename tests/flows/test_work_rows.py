@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NoReturn
 
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from flows.labelling import Desk
 from flows.stages import LABELLING, concerned_places, kept_rows
-from flows.work_rows import WORK_SCHEMA, WorkRow, labelled_table, passed_on, work_rows, work_table
+from flows.work_rows import WORK_SCHEMA, WorkRow, labelled_table, passed_on, work_rows
 from judges.answers import VerifierPool
 from judges.sampling_plan import SamplingPlans
 from schemas.config import RunConfig, parse_config
 from schemas.fates import Fate
-from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic
+from schemas.rows import DECISION_FIELDS
+from schemas.samples import AnswerType, ImageRef, Kind, Sample, Topic, sample_to_record
 from schemas.verdicts import Decision, Heuristic, Mode
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -53,6 +55,19 @@ DECISIONS = st.builds(
     st.booleans(),
 )
 ROWS = st.builds(WorkRow, SAMPLES, st.none() | DECISIONS, st.none() | TEXTS, st.none() | TEXTS)
+
+
+def work_table(rows: Iterable[WorkRow]) -> pa.Table:
+    """Returns the rows as an Arrow table with `WORK_SCHEMA`, in order, one record after the other: the reference."""
+    records = []
+    for row in rows:
+        decision = row.decision
+        record = {**sample_to_record(row.sample), "reasoning": row.reasoning, "final_answer": row.answer}
+        for name in (field.name for field in DECISION_FIELDS):
+            value = getattr(decision, name) if decision else None
+            record[name] = str(value) if isinstance(value, Mode | Heuristic) else value
+        records.append(record)
+    return pa.Table.from_pylist(records, schema=WORK_SCHEMA)
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
