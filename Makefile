@@ -27,7 +27,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 # A stamp carries the digest of what its environment was built from: a changed lock rebuilds it, a touched one does not.
 digest = $(shell cat $(1) | sha256sum | cut -c 1-16)
-PIPELINE_LOCKS := requirements/pipeline.txt requirements/dev.txt requirements/pipeline-dev.txt
+PIPELINE_LOCKS := requirements/pipeline.txt requirements/cluster.txt requirements/dev.txt requirements/pipeline-dev.txt
 GPU_LOCKS := requirements/$(GPU_LOCK).txt requirements/dev.txt
 PIPELINE_STAMP := .venv/.built-$(call digest,$(PIPELINE_LOCKS))
 GPU_STAMP := .venv-gpu/.built-$(call digest,$(GPU_LOCKS))
@@ -47,7 +47,7 @@ TYPES := .venv/bin/mypy
 # A program of Prefect that speaks to the local server; the address is known once `bimode up` has run.
 LOCAL_PREFECT = PREFECT_HOME=$(CURDIR)/.local/prefect PREFECT_API_URL=$$(cat .local/api_url) .venv/bin/prefect --no-prompt
 
-.PHONY: help demo test lint types env env-gpu teacher base reproduce reproduce-smoke down clean
+.PHONY: help demo test lint types audit env env-gpu teacher base reproduce reproduce-smoke down clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -85,6 +85,9 @@ lint: env ## Check style and formatting
 
 types: env ## Check types
 	@$(TYPES)
+
+audit: env ## Look every pinned package up in the advisory database
+	@.venv/bin/python deploy/audit.py
 
 env: $(PIPELINE_PROJECT_STAMP) ## Build the light environment (.venv) of the pipeline
 

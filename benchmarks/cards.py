@@ -12,23 +12,27 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
-from flows.curate import Curation, Work
+from flows import telemetry
+from flows.crew import spread_here
+from flows.curate import Curation
 from flows.publishing import Published
 from flows.runtime import Runtime
+from flows.shard_calls import Call, Spread, Work
 from flows.stages import Progress, check_quarantine
 from judges import difficulty, reasoning, routing
 from schemas.config import RunConfig, parse_config
 from sources import plan_units
 from teacher.fault_server import Body, completion, constrained_completion, question_text
+
+_Result = TypeVar("_Result")
 
 MODEL = "cards"
 NUM_PICTURES = 24
@@ -195,10 +199,15 @@ def _drawn(shown: Card, seed: int, what: str) -> float:
 class PlainCuration(Curation):
     """The stages of the flow, planned, run, checked and published by its own code; shards in threads, not in tasks."""
 
-    def _stage(self, stage: str, num_rows: int, plan: Callable[[Progress], Work]) -> None:
-        work = plan(Progress(num_rows))
-        with ThreadPoolExecutor(self.config.parallel_shards, thread_name_prefix=stage) as shards:
-            self.markers[stage] = list(shards.map(lambda call: call(), work.values()))
+    def _stage(self, stage: str, num_rows: int, plan: Callable[[Spread], Work]) -> None:
+        progress, num_threads = Progress(num_rows), self.config.parallel_shards
+
+        def spread(what: str, calls: Mapping[str, Call[_Result]]) -> dict[str, _Result]:
+            return spread_here(self.runtime, progress, num_threads, telemetry.watched(calls, what))
+
+        with telemetry.stage(stage, progress) as seen:
+            self.markers[stage] = list(spread("", plan(spread)).values())
+            seen.count(self.markers[stage])
         folder = self.runtime.workspace.root
         check_quarantine(self.config, self.markers, stage, num_rows=self.num_rows, folder=folder)
 

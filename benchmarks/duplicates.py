@@ -36,6 +36,7 @@ from datasketch import MinHash, MinHashLSH
 from filters.signatures import band_shape
 from flows import removing, stages
 from flows.runtime import Runtime
+from flows.shard_calls import RemoveRows
 from flows.workspace import Marker
 from schemas.config import RunConfig, SourceConfig
 from schemas.fates import FATE_SCHEMA
@@ -110,7 +111,8 @@ def run_stage(runtime: Runtime, markers: list[Marker], settled: Sequence[Marker]
     plan = removing.plan_duplicates(runtime, markers, settled)
     progress = stages.Progress(0)
     with ThreadPoolExecutor(runtime.config.parallel_shards) as pool:
-        return list(pool.map(lambda marker: stages.remove_duplicates(runtime, marker, plan, "", progress), markers))
+        calls = [RemoveRows(stages.DUPLICATES, marker, plan.get(marker.shard), "") for marker in markers]
+        return list(pool.map(lambda call: call(runtime, progress), calls))
 
 
 def measure(folder: Path, num_runs: int) -> dict[str, float]:

@@ -13,13 +13,15 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
 from schemas.errors import CorpusError, StorageError
 
 _CHUNK_BYTES = 1 << 20
+_FOLLOWED_BYTES = 1 << 18
+"""Read at once of a file that grows: fits the processor's cache beside what is being written."""
 
 
 @contextmanager
@@ -125,6 +127,36 @@ def append_json_line(path: Path, record: Mapping[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+
+
+class GrowingDigest:
+    """The sha256 of a file that another writer appends to: what is new is read back while it is still in the cache.
+
+    For files that only grow, as Parquet files do; reading a finished one again would take its time at the end. A
+    context manager; the file must exist. Methods raise OSError.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.num_bytes = 0
+        self._digest = hashlib.sha256()
+        self._chunk = memoryview(bytearray(_FOLLOWED_BYTES))
+        self._file = path.open("rb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def follow(self) -> None:
+        """Takes in what was appended since the last call."""
+        while length := self._file.readinto(self._chunk):
+            self._digest.update(self._chunk[:length])
+            self.num_bytes += length
+
+    def hexdigest(self) -> str:
+        """Returns the sha256 (hex) of all that was taken in."""
+        return self._digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:

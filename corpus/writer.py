@@ -7,12 +7,10 @@ bounded by a row group, not by a shard.
 
 from __future__ import annotations
 
-import re
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,13 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, List
 from numpy.typing import NDArray
 
-from corpus.storage import file_sha256, replacing, storage_errors
-from schemas.errors import RowError, StorageError
+from corpus.shard_images import GroupImages, SharedImages, image_names
+from corpus.shard_texts import CONTROL_TOKENS as CONTROL_TOKENS  # noqa: PLC0414 - callers take it from here
+from corpus.shard_texts import Texts, messages, render_texts
+from corpus.storage import GrowingDigest, replacing, storage_errors
+from schemas.errors import RowError
 from schemas.fates import FATE_SCHEMA, Exit, Fate, fates_to_table
-from schemas.question import OPTION_LETTERS, rendered_question
 from schemas.rows import CORPUS_SCHEMA, LABELLED_SCHEMA
-from schemas.template import CHAT_TEMPLATE, render_completion
 from schemas.verdicts import Mode
 
 STAGE = "corpus"
@@ -42,18 +41,12 @@ ROW_GROUP_BYTES = 256 * 2**20
 MAX_ROW_BYTES = 1 << 30
 """Largest row. Arrow's binary columns hold at most 2 GiB, and a larger row could not be read back."""
 
-CONTROL_TOKENS = frozenset(re.findall(r"<\|\w+\|>", CHAT_TEMPLATE)) | {"<|endoftext|>", "<|video_pad|>"}
-"""Text that a tokenizer reads as structure. In a question it would open turns or announce images that are not there."""
-
 _CODED_COLUMNS = ["mode", "topic", "kind", "answer_type", "heuristic", "teacher", "reasoner", "recipe", "source"]
 _COUNTED_COLUMNS = ["id", *_CODED_COLUMNS, "num_right", "num_scored", "num_sampled", "probability", "is_audit"]
 _FATES_PER_GROUP = 10_000
 _RENDERED_ROWS = 1_000
 """Rows whose texts are rendered together."""
 _SHARDS_AT_ONCE = 2
-_CACHED_BYTES = 64 * 2**20
-_CONTROL_START = "<|"
-assert all(token.startswith(_CONTROL_START) for token in CONTROL_TOKENS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +94,22 @@ def write_corpus_shard(
     path = Path(path)
     num_rows: Counter[str] = Counter()
     fates: list[Fate] = []
-    with replacing(path) as temporary:
-        schema = corpus_features().arrow_schema
-        with _parquet_writer(temporary, schema, coded=_CODED_COLUMNS, counted=_COUNTED_COLUMNS) as writer:
-            for group in _row_groups(rows, fates, read_image=read_image, recipe=recipe):
-                num_rows.update(group["mode"].to_pylist())
-                table = group.replace_schema_metadata(schema.metadata)
-                writer.write_table(table, row_group_size=group.num_rows)
-        digest, num_bytes = file_sha256(temporary), temporary.stat().st_size
-    return ShardInfo(str(path), num_rows[Mode.THINK], num_rows[Mode.DIRECT], digest, num_bytes, tuple(fates))
+    schema = corpus_features().arrow_schema
+    with (
+        replacing(path) as temporary,
+        _parquet_writer(temporary, schema, coded=_CODED_COLUMNS, counted=_COUNTED_COLUMNS) as writer,
+        GrowingDigest(temporary) as digest,
+    ):
+        for group in _row_groups(rows, fates, read_image=read_image, recipe=recipe):
+            num_rows.update(group["mode"].to_pylist())
+            table = group.replace_schema_metadata(schema.metadata)
+            writer.write_table(table, row_group_size=group.num_rows)
+            digest.follow()
+        writer.close()
+        digest.follow()
+    return ShardInfo(
+        str(path), num_rows[Mode.THINK], num_rows[Mode.DIRECT], digest.hexdigest(), digest.num_bytes, tuple(fates)
+    )
 
 
 def shard_path(version_folder: Path, mode: Mode, index: int) -> Path:
@@ -198,135 +198,57 @@ def _parquet_writer(path: Path, schema: pa.Schema, *, coded: Sequence[str], coun
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Texts:
-    """What a trainer reads of some rows, in order, and the fates (by place) of those that cannot be written."""
-
-    questions: list[str]
-    reasonings: list[str]
-    answers: list[str]
-    completions: list[str]
-    fates: dict[int, RowError]
-
-
 def _row_groups(
     rows: pa.Table, fates: list[Fate], *, read_image: Callable[[str], bytes], recipe: str
 ) -> Iterator[pa.Table]:
-    """Yields row groups with the columns of `CORPUS_SCHEMA`; appends the fate of each row that cannot be written."""
-    read_kept = _ImageCache(read_image).read
+    """Yields row groups with the columns of `CORPUS_SCHEMA`; appends the fate of each row that cannot be written.
+
+    A row group must be written before the next one is taken, which uses its memory.
+    """
+    images = GroupImages(SharedImages(rows, read_image).read)
     for start in range(0, rows.num_rows, _RENDERED_ROWS):
         table = rows.slice(start, _RENDERED_ROWS).combine_chunks()
-        texts = _render(table)
-        names = _image_names(table)
-        written = _text_columns(table, texts, names, recipe)
+        texts = render_texts(table)
+        names = image_names(table)
+        written = _text_columns(table, texts, np.array([len(held) for held in names], np.int64), recipe)
         group: list[int] = []
-        contents: list[list[bytes]] = []
         num_bytes = 0
-        for place in range(table.num_rows):
+        for place, size_of_text in enumerate(_text_sizes(texts)):
             try:
-                if place in texts.fates:
-                    raise texts.fates[place]
-                images = [_image_content(name, read_kept) for name in names[place]]
-                size = sum(map(len, images)) + 8 * (len(texts.questions[place]) + len(texts.completions[place]))
+                if place in texts.errors:
+                    raise texts.errors[place]
+                size = size_of_text + images.add_row(names[place])
                 if size > MAX_ROW_BYTES:
+                    images.drop_row()
                     raise RowError("row_too_large", f"about {size:,} bytes of images and text, {MAX_ROW_BYTES:,} fit")
             except RowError as error:
                 fates.append(_quarantined(table.slice(place, 1), error))
                 continue
             group.append(place)
-            contents.append(images)
             num_bytes += size
             if len(group) == ROW_GROUP_ROWS or num_bytes >= ROW_GROUP_BYTES:
-                yield _with_images(written, group, contents, names)
-                group, contents, num_bytes = [], [], 0
+                yield _with_images(written, group, images)
+                group, num_bytes = [], 0
+                images.clear()
         if group:
-            yield _with_images(written, group, contents, names)
+            yield _with_images(written, group, images)
+            images.clear()
 
 
-def _image_names(table: pa.Table) -> list[list[str]]:
-    """Returns the sha256 of the images of each row."""
-    images = table["images"].combine_chunks()
-    names = images.flatten().field("sha256").to_pylist()
-    ends = np.cumsum(pc.fill_null(pc.list_value_length(images), 0).to_numpy(zero_copy_only=False)).tolist()
-    return [names[start:end] for start, end in pairwise([0, *ends])]
+def _text_sizes(texts: Texts) -> list[int]:
+    """Returns about how many bytes the texts of each row take: they are written in several columns."""
+    lengths = pc.add(pc.utf8_length(texts.questions), pc.utf8_length(texts.completions))
+    return [8 * length for length in lengths.to_pylist()]
 
 
-class _ImageCache:
-    """Images read last, as rows of one shard share them. Memory: at most `_CACHED_BYTES`."""
-
-    def __init__(self, read_image: Callable[[str], bytes]) -> None:
-        self._read_image = read_image
-        self._contents: OrderedDict[str, bytes] = OrderedDict()
-        self._num_bytes = 0
-
-    def read(self, sha256: str) -> bytes:
-        content = self._contents.get(sha256)
-        if content is None:
-            content = self._contents[sha256] = self._read_image(sha256)
-            self._num_bytes += len(content)
-            while self._num_bytes > _CACHED_BYTES:
-                self._num_bytes -= len(self._contents.popitem(last=False)[1])
-        return content
-
-
-def _image_content(sha256: str, read_image: Callable[[str], bytes]) -> bytes:
-    """Returns the bytes of an image. Raises RowError: it is not in the store. StorageError: the store fails."""
-    try:
-        content = read_image(sha256)
-    except (KeyError, FileNotFoundError) as error:
-        raise RowError("image_missing", f"image {sha256} is not in the image store") from error
-    except OSError as error:
-        raise StorageError(f"cannot read image {sha256}: {error}") from error
-    if not content:
-        raise RowError("image_missing", f"image {sha256} is empty in the image store")
-    return content
-
-
-def _render(table: pa.Table) -> _Texts:
-    """Returns the texts of rows as a trainer reads them."""
-    columns = {name: table[name].to_pylist() for name in ("mode", "question", "choices", "answer")}
-    reasonings = [(text or "").strip() for text in table["reasoning"].to_pylist()]
-    answers = [(text or "").strip() for text in table["final_answer"].to_pylist()]
-    suspects = _suspects(table)
-    questions, completions, fates = [], [], {}
-    for place, (mode, question, choices, reference) in enumerate(zip(*columns.values(), strict=True)):
-        rendered = completion = ""
-        try:
-            _check_mode(Mode(mode), reasonings[place])
-            if len(choices) > len(OPTION_LETTERS):
-                detail = f"{len(choices)} options, at most {len(OPTION_LETTERS)} have a letter"
-                raise RowError("too_many_choices", detail)
-            rendered = rendered_question(question, choices)
-            completion = render_completion(answers[place], reasonings[place])
-            if place in suspects:
-                _check_text([rendered, completion, *choices, reference or ""])
-        except RowError as error:
-            fates[place] = error
-        questions.append(rendered)
-        completions.append(completion)
-    return _Texts(questions, reasonings, answers, completions, fates)
-
-
-def _suspects(table: pa.Table) -> set[int]:
-    """Returns the places of rows whose texts may hold a control token: all of those begin alike."""
-    found = pa.array([False] * table.num_rows)
-    for name in ("question", "answer", "reasoning", "final_answer"):
-        found = pc.or_(found, pc.fill_null(pc.match_substring(table[name], _CONTROL_START), False))
-    choices = table["choices"].combine_chunks()
-    held = pc.match_substring(choices.flatten(), _CONTROL_START)
-    in_choices = pc.list_parent_indices(choices).filter(pc.fill_null(held, False))
-    return {*np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist(), *in_choices.to_pylist()}
-
-
-def _text_columns(table: pa.Table, texts: _Texts, names: list[list[str]], recipe: str) -> pa.Table:
+def _text_columns(table: pa.Table, texts: Texts, num_images: NDArray[np.int64], recipe: str) -> pa.Table:
     """Returns all rows with the columns of `CORPUS_SCHEMA`, but for their images."""
-    num_images = np.array([len(held) for held in names], np.int64)
     made = {
-        "prompt": _messages("user", texts.questions, num_images),
-        "completion": _messages("assistant", texts.completions, np.zeros_like(num_images)),
-        "answer": pa.array(texts.answers, pa.string()),
+        "prompt": messages("user", texts.questions, num_images),
+        "completion": messages("assistant", texts.completions, np.zeros_like(num_images)),
+        "answer": texts.answers,
         "reference": table["answer"],
-        "reasoning": pa.array(texts.reasonings, pa.string()),
+        "reasoning": texts.reasonings,
         "recipe": pa.repeat(pa.scalar(recipe), table.num_rows),
     }
     schema = pa.schema([field for field in CORPUS_SCHEMA if field.name != "images"])
@@ -334,44 +256,17 @@ def _text_columns(table: pa.Table, texts: _Texts, names: list[list[str]], recipe
     return pa.table(columns, schema=schema)
 
 
-def _with_images(written: pa.Table, places: list[int], contents: list[list[bytes]], names: list[list[str]]) -> pa.Table:
-    """Returns some of the rows, in order, with their images. contents: the bytes of those of the rows at `places`."""
+def _with_images(written: pa.Table, places: list[int], images: GroupImages) -> pa.Table:
+    """Returns some of the rows, in order, with their images. images: of the rows at `places`."""
     first, last = places[0], places[-1]
     is_run = last - first + 1 == len(places)
     rows = written.slice(first, len(places)) if is_run else written.take(pa.array(places))
-    kind = CORPUS_SCHEMA.field("images")
-    held = [pa.array([content for images in contents for content in images], pa.binary())]
-    held.append(pa.array([name for place in places for name in names[place]], pa.string()))
-    images = pa.StructArray.from_arrays(held, fields=list(kind.type.value_type))
-    offsets = _offsets(np.array([len(images) for images in contents], np.int64))
-    column = pa.ListArray.from_arrays(offsets, images, type=kind.type)
-    return rows.add_column(CORPUS_SCHEMA.get_field_index("images"), kind, column)
+    field = CORPUS_SCHEMA.field("images")
+    return rows.add_column(CORPUS_SCHEMA.get_field_index("images"), field, images.column())
 
 
 def _typed(column: pa.ChunkedArray, field: pa.Field) -> pa.ChunkedArray:
     return column if column.type == field.type else column.cast(field.type)
-
-
-def _messages(role: str, texts: list[str], num_images: NDArray[np.int64]) -> pa.ListArray:
-    """Returns one chat message a row: so many images, then a text."""
-    kind = CORPUS_SCHEMA.field("prompt").type
-    message = kind.value_type
-    parts = message.field("content").type
-    ends = np.cumsum(num_images + 1)
-    is_text = np.zeros(ends[-1], np.bool_)
-    is_text[ends - 1] = True
-    place_of_text = np.where(is_text, np.cumsum(is_text) - 1, 0)
-    types = pa.array(["image", "text"]).take(pa.array(is_text.astype(np.int8)))
-    held = pa.array(texts, pa.string()).take(pa.array(place_of_text, mask=~is_text))
-    content = pa.StructArray.from_arrays([types, held], fields=list(parts.value_type))
-    contents = pa.ListArray.from_arrays(_offsets(num_images + 1), content, type=parts)
-    roles = pa.repeat(pa.scalar(role), len(texts))
-    messages = pa.StructArray.from_arrays([roles, contents], fields=list(message))
-    return pa.ListArray.from_arrays(_offsets(np.ones_like(num_images)), messages, type=kind)
-
-
-def _offsets(lengths: NDArray[np.int64]) -> pa.Array:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
 
 
 def _quarantined(row: pa.Table, error: RowError) -> Fate:
@@ -387,17 +282,3 @@ def _quarantined(row: pa.Table, error: RowError) -> Fate:
         question=record["question"][:500],
         images=tuple(image["sha256"] for image in record["images"]),
     )
-
-
-def _check_mode(mode: Mode, reasoning: str) -> None:
-    if mode is Mode.THINK and not reasoning:
-        raise RowError("reasoning_empty", "a thinking row has no reasoning")
-    if mode is Mode.DIRECT and reasoning:
-        raise RowError("reasoning_unexpected", f"a direct row has reasoning: {reasoning[:80]!r}")
-
-
-def _check_text(texts: Sequence[str]) -> None:
-    for text in texts:
-        found = sorted(token for token in CONTROL_TOKENS if token in text)
-        if found:
-            raise RowError("control_token_in_text", f"the text holds {found[0]}, which a tokenizer reads as structure")

@@ -48,6 +48,15 @@ def stored_digest(path: Path) -> str | None:
     return None if found is None else found.decode()
 
 
+def read_arrow(path: Path) -> pa.Table:
+    """Maps a file that `write_arrow` wrote. Raises StorageError: it is missing or damaged."""
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except (OSError, ValueError) as error:  # pa.ArrowInvalid is a ValueError
+        raise StorageError(f"cannot read {path}: {error}; delete it to have it made again") from error
+
+
 class FeatureTable:
     """The features in several files, or in memory, as one table."""
 

@@ -87,25 +87,52 @@ def stored_words(table: pa.Table, name: str) -> WordTable:
 class PictureNames:
     """What an image is called where rows are compared; images that are not among `known` by their sha256.
 
-    known: sha256s, string [num_images]. pixels: names that images of equal pixels share. pictures: sha256 of the image
+    known: sha256s, 64 hex digits as bytes [num_images], ascending. pixels: uint64 [num_images, 2], digest of what the
+    image shows. is_valid: bool, whether it could be decoded. representative: int64, the place in `known` of the image
     that stands for all that are near copies.
     """
 
-    known: pa.Array
-    pixels: pa.Array
-    pictures: pa.Array
+    known: NDArray[np.bytes_]
+    pixels: Keys
+    is_valid: NDArray[np.bool_]
+    representative: NDArray[np.int64]
 
     @classmethod
     def of(cls, table: FingerprintTable, representative: NDArray[np.int64]) -> PictureNames:
         """Returns the names of fingerprinted images. representative: int64 [num_images], see `image_clusters`."""
-        known = pa.array(np.char.decode(table.sha256s, "ascii"), pa.string())
-        digests = pa.array([row.tobytes().hex() for row in table.pixels], pa.string())
-        return cls(known, pc.if_else(pa.array(table.is_valid), digests, known), known.take(pa.array(representative)))
+        order = np.argsort(table.sha256s)
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        return cls(
+            table.sha256s[order], table.pixels[order], table.is_valid[order], rank[np.asarray(representative)[order]]
+        )
 
     @classmethod
     def none(cls) -> PictureNames:
-        nothing = pa.array([], pa.string())
-        return cls(nothing, nothing, nothing)
+        return cls(np.empty(0, "S64"), np.empty((0, 2), np.uint64), np.empty(0, np.bool_), np.empty(0, np.int64))
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> PictureNames:
+        """Inverse of `to_table`."""
+        table = table.combine_chunks()
+        known = np.frombuffer(table["known"].chunk(0).buffers()[1], "S64", table.num_rows) if len(table) else ()
+        columns = {name: table[name].to_numpy() for name in ("high", "low", "is_valid", "representative")}
+        pixels = np.stack([columns["high"], columns["low"]], axis=1)
+        return cls(np.asarray(known, "S64"), pixels, columns["is_valid"], columns["representative"])
+
+    def to_table(self) -> pa.Table:
+        """Returns an Arrow table, for other processes to read."""
+        content = pa.py_buffer(np.ascontiguousarray(self.known).tobytes())
+        known = pa.FixedSizeBinaryArray.from_buffers(pa.binary(64), len(self.known), [None, content])
+        return pa.table(
+            {
+                "known": known,
+                "high": self.pixels[:, 0],
+                "low": self.pixels[:, 1],
+                "is_valid": self.is_valid,
+                "representative": self.representative,
+            }
+        )
 
     def digest(self, sha256s: pa.Array) -> int:
         """Returns a digest of what these images are called."""
@@ -115,10 +142,31 @@ class PictureNames:
         )
 
     def pixel_names(self, sha256s: pa.Array) -> pa.Array:
-        return pc.coalesce(self.pixels.take(pc.index_in(sha256s, self.known)), sha256s)
+        """Returns names that images of equal pixels share."""
+        names, places = self._looked_up(sha256s)
+        found = np.flatnonzero(places >= 0)
+        found = found[self.is_valid[places[found]]]
+        for place, pixels in zip(found.tolist(), self.pixels[places[found]], strict=True):
+            names[place] = pixels.tobytes().hex()
+        return pa.array(names, pa.string())
 
     def picture_names(self, sha256s: pa.Array) -> pa.Array:
-        return pc.coalesce(self.pictures.take(pc.index_in(sha256s, self.known)), sha256s)
+        """Returns names that near copies share: the sha256 of the image that stands for them."""
+        names, places = self._looked_up(sha256s)
+        found = np.flatnonzero(places >= 0)
+        for place, name in zip(found.tolist(), self.known[self.representative[places[found]]].tolist(), strict=True):
+            names[place] = name.decode()
+        return pa.array(names, pa.string())
+
+    def _looked_up(self, sha256s: pa.Array) -> tuple[list[str], NDArray[np.int64]]:
+        """Returns the sha256s, and their places in `known`, -1 for those that are not there."""
+        names: list[str] = sha256s.to_pylist()
+        if not len(self.known):
+            return names, np.full(len(names), -1, np.int64)
+        # A longer name would be cut to the width of those known, and found by mistake.
+        wanted = np.array([name.encode() if len(name) == 64 else b"" for name in names], "S64")
+        places = np.minimum(np.searchsorted(self.known, wanted), len(self.known) - 1)
+        return names, np.where(self.known[places] == wanted, places, -1)
 
 
 def sample_features(

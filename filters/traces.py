@@ -11,19 +11,29 @@ phrase that the question itself uses is no betrayal when the trace repeats it.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
+from operator import eq
 
 import numpy as np
 import pyarrow as pa
 
 from filters.duplicates import scheme_of, shape_of
 from filters.features import UNPUBLISHED, Features, hex_ids
+from filters.kernels import kernel
 from filters.normalise import num_unspaced, plain_text, spaced_words
 from filters.shingles import num_own_shingles
 from filters.signatures import band_keys
 from filters.text_columns import read_texts
+from filters.trace_phrases import (
+    Phrase,
+    damaged_character,
+    leak_phrases,
+    leftover_markup,
+    persona_phrases,
+    small_letters,
+)
 from schemas.config import DuplicatesConfig, ReasoningConfig
 from schemas.errors import ConfigError
 from schemas.template import THINK_TOKENS
@@ -43,83 +53,12 @@ _GRAM_CHARACTERS = 16
 """The same length for scripts without spaces, where each character counts as a word and a word has about two."""
 
 _MIN_RUN_WORDS = 4
+_MAX_UNIT = 8
+_MIN_UNITS = 8
 _SHINGLE_WORDS = 5
 _MIN_COMPARED_WORDS = 20
 """Shorter traces are never duplicates: "The image shows a red ball, so the answer is red." is what many rows rightly
 say. It is also the least number of shingles that are not copied from the question."""
-
-_IMAGE = r"(?:image|picture|photo(?:graph)?|figure|diagram|chart|graph|attachment)s?"
-_CANNOT = (
-    r"(?:can ?not|can't|could ?n[o']t|do(?: not|n't) have (?:the ability|access) to|(?:am|was) (?:not able|unable) to)"
-)
-_ANSWER = r"(?:answer|solution)"
-
-_PERSONA = {
-    "speaks as a language model": (
-        r"\bas an? (?:(?:ai|artificial intelligence)(?: language)?(?: model| assistant)?|(?:large )?language model)\b"
-        r"(?=[ ,.;:])(?! (?:engineer|researcher|expert|company|student|developer))"
-        r"|\bi(?:'m| am) (?:just |only )?an? (?:ai|artificial intelligence|(?:large |text-based )?language model)\b"
-        r"|\bas a text-based (?:ai|model|assistant|platform)|\bthis is a text-based (?:platform|format|model)"
-        r"|作为(?:一个|一名|一款)?(?:ai|人工智能|语言模型|大模型)"
-    ),
-    "refuses": (
-        r"\bi(?:'m| am) sorry,? but i (?:can ?not|can't|am (?:unable|not able))\b"
-        r"|\bi (?:can ?not|can't|am unable to) (?:assist|help) (?:you )?with (?:this|that|your)\b"
-    ),
-    "says that it cannot see the image": (
-        rf"\bi {_CANNOT} (?:\w+ ){{0,2}}?(?:see|view|access|open|display|load|look at|analy[sz]e) "
-        rf"(?:\w+ )?(?:the|this|that|any|your|an|attached|provided|actual)(?: \w+)? ?{_IMAGE}\b(?!')"
-        rf"|\bno {_IMAGE} (?:\w+ )?(?:provided|attached|given|uploaded|included)\b"
-        rf"|\bthe {_IMAGE} (?:is|was|has)(?: not|n't) (?:been )?(?:provided|attached|uploaded|included|loaded)\b"
-        rf"|\bplease (?:provide|upload|share|attach) [^.?!]{{0,60}}\b{_IMAGE}\b[^.?!]{{0,60}} so (?:that )?(?:i|we) can"
-        r"|我(?:无法|不能|没法|看不到|看不见)(?:直接)?(?:查看|看到|访问|看见)?(?:这张|该|您的|你的|任何)?(?:图片|图像|照片)"
-    ),
-}
-"""Phrases that neither trace nor answer may contain, matched in plain text, case ignored."""
-
-_LEAKS = {
-    "leans on a reference answer": (
-        r"\b(?:reference|model|official) answers?\b"
-        r"|\bthe (?:given|provided|expected|standard|known) answer (?:is|was|says|states|must|should|of|being|here)\b"
-        r"|\b(?:according to|based on|given|match(?:es|ing)?|per|consistent with|agrees? with) the "
-        r"(?:(?:provided|reference|expected|official|model) (?:answer|solution)|(?:given|standard|known) answer)\b"
-        r"(?!'| (?:choice|option|has|with|contain|of|in|at))"
-        r"|\bthe (?:provided|reference|official|given) (?:answer|solution) (?:says|states|claims|confirms|indicates)\b"
-        r"|\baccording to the answer key\b|\bthe answer key (?:says|states|gives|confirms)\b"
-        r"|\b(?:i|we) (?:was|were|am|are|have been|had been) (?:given|told|provided with) the "
-        r"(?:correct |final |right |expected )?answer\b"
-        r"|\b(?:i|we) (?:already )?know (?:that )?the (?:correct |final |right |expected )?answer "
-        r"(?:is supposed to|should be|must be|in advance|already)\b"
-        r"|参考答案|标准答案"
-    ),
-    "mentions the ground truth": (
-        r"\bground[- ]truth\b(?! (?:lines?|curves?|bars?|box(?:es)?|bounding|masks?|labels?|images?|segmentation|"
-        r"points?|data|maps?|columns?|rows?|series|plots?|values?|depth|annotations?|trajector\w+|distribution|"
-        r"(?:is|are) (?:shown|plotted|drawn|marked|represented|displayed|indicated|in|"
-        r"the (?:top|bottom|left|right|first|last|red|green|blue|black|white|gr[ae]y|orange|solid|dashed|dotted)))\b)"
-    ),
-    "quotes its instructions": (
-        r"\bthe system prompt\b|\bthe prompt (?:instructs|tells|asks|requires) (?:me|us)\b"
-        r"|\bmy (?:system )?instructions\b|\byou are an? helpful (?:ai )?assistant\b"
-    ),
-}
-"""Phrases that betray what the reasoner was given beside the question; allowed where the question itself uses them."""
-
-_LEFTOVER_MARKUP = (
-    r"<[|｜](?:im_start|im_end|im_sep|endoftext|eot_id|eom_id|end|user|assistant|system|tool|pad|image|video|audio|"
-    r"[\w▁]{1,40}[_▁][\w▁]{1,40})[|｜]>"
-    r"|</?(?:image|video)(?:[ _-]?\d{1,3}|here)?>"
-    r"|\[/?inst\]|<</?sys>>|<(?:start|end)_of_turn>|</s>\s*\Z|\A\s*<s>"
-    r"|^#{2,4} ?(?:instruction|response|human|assistant|user|system)s?:"
-    r"|</?(?:answer|reasoning|thought|thinking|scratchpad|reflection|tool_call|tool_response)>"
-)
-_DAMAGED_CHARACTER = (
-    "\ufffd|[\ud800-\udfff]|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|[\ufffe\uffff]"
-    "|[ÃÂ][\u00a0-\u00bf]|Ã—(?=\\s?\\d)|â€[™œžŸ˜“”¦¢š›†‡‰]|ï»¿"
-)
-"""What no text of a corpus may contain, matched as it stands: control tokens break training or serving, and a damaged
-character (replacement, lone surrogate, control character such as the form feed of an unescaped "\\frac", UTF-8 read as
-Latin-1) would be learned."""
 
 _RULE_CHARACTERS = frozenset("-=_|+~*#.:")
 _MAX_RULE = 200
@@ -147,14 +86,16 @@ def trace_problem(
     """
     if is_truncated:
         return TraceProblem(TRUNCATED, "the reply was cut off at the token limit")
-    if not plain_text(reasoning):
+    texts = {"reasoning": reasoning, "answer": answer}
+    plain = {part: plain_text(text) for part, text in texts.items()}
+    if not plain["reasoning"]:
         return TraceProblem(MISSING, "the reply has no reasoning before its answer")
-    if not plain_text(answer):
+    if not plain["answer"]:
         return TraceProblem(ANSWER_MISSING, "nothing follows the reasoning")
-    for part, text in (("reasoning", reasoning), ("answer", answer)):
+    for part, text in texts.items():
         if tag := next((tag for tag in THINK_TOKENS if tag in text.lower()), None):
             return TraceProblem(TAGGED, f"the {part} contains {tag}")
-    if problem := _forbidden(reasoning, answer, question, config):
+    if problem := _forbidden(texts, plain, question, config):
         return problem
     return _shape_problem(reasoning, config)
 
@@ -170,9 +111,7 @@ def repeated_share(text: str) -> float:
     - Characters, without white space, in runs of a unit of one to eight characters that stands eight times or more
       ("aaaaaaaa", "hahahaha..."), except the short rules of tables.
     """
-    words = [word.casefold() for word in spaced_words(text)]
-    size = _GRAM_CHARACTERS if 2 * num_unspaced(words) > len(words) else _GRAM_WORDS
-    return max(_gram_share(words, size), _word_run_share(words), _character_run_share(text))
+    return _repeated_share(text, spaced_words(text))
 
 
 def trace_settings(threshold: float) -> DuplicatesConfig:
@@ -212,52 +151,74 @@ def trace_features(traces: pa.Table, threshold: float) -> Features:
     )
 
 
-def _forbidden(reasoning: str, answer: str, question: str, config: ReasoningConfig) -> TraceProblem | None:
-    for part, text in (("reasoning", reasoning), ("answer", answer)):
-        for what, pattern in _compiled_damage():
-            if match := pattern.search(text):
-                return TraceProblem(FORBIDDEN, f"the {part} {what}: {match[0]!a:.80}")
-        plain = plain_text(text)
-        for what, pattern in _compiled_persona():
-            if match := pattern.search(plain):
-                return TraceProblem(FORBIDDEN, f"the {part} {what}: {match[0]!r:.80}")
-    plain, plain_question = plain_text(reasoning), plain_text(question).casefold()
-    for what, pattern in _compiled_leaks():
-        for match in pattern.finditer(plain):
-            if match[0].casefold() not in plain_question:
-                return TraceProblem(FORBIDDEN, f"the reasoning {what}: {match[0]!r:.80}")
+def _forbidden(
+    texts: Mapping[str, str], plain: Mapping[str, str], question: str, config: ReasoningConfig
+) -> TraceProblem | None:
+    """texts: reasoning and answer. plain: the same as `plain_text`."""
+    markup = leftover_markup()
+    for part, text in texts.items():
+        if markup.is_heralded(text) and (match := markup.pattern.search(text)):
+            return TraceProblem(FORBIDDEN, f"the {part} {markup.what}: {match[0]!a:.80}")
+        if found := damaged_character(text):
+            return TraceProblem(FORBIDDEN, f"the {part} contains a damaged character: {found!a:.80}")
+        for phrase, match in _heralded(persona_phrases(), plain[part]):
+            return TraceProblem(FORBIDDEN, f"the {part} {phrase.what}: {match[0]!r:.80}")
+    for phrase, match in _heralded(leak_phrases(), plain["reasoning"]):
+        if match[0].casefold() not in plain_text(question).casefold():
+            return TraceProblem(FORBIDDEN, f"the reasoning {phrase.what}: {match[0]!r:.80}")
     for pattern in _compiled_forbidden(tuple(config.forbidden)):
-        if match := pattern.search(reasoning):
+        if match := pattern.search(texts["reasoning"]):
             return TraceProblem(FORBIDDEN, f"the reasoning contains {match[0]!r:.80} (forbidden: {pattern.pattern})")
     return None
 
 
+def _heralded(phrases: Sequence[Phrase], plain: str) -> Iterator[tuple[Phrase, re.Match[str]]]:
+    """Yields where a text holds phrases, in their order."""
+    small = small_letters(plain)
+    for phrase in phrases:
+        if phrase.is_heralded(small):
+            for match in phrase.pattern.finditer(plain):
+                yield phrase, match
+
+
 def _shape_problem(reasoning: str, config: ReasoningConfig) -> TraceProblem | None:
-    share = repeated_share(reasoning)
+    words = spaced_words(reasoning)
+    share = _repeated_share(reasoning, words)
     if share > config.max_repeated_share:
         limit = f"more than {config.max_repeated_share:.0%}"
         return TraceProblem(REPETITIVE, f"{share:.0%} of the reasoning repeats itself, {limit}")
-    num_words = len(spaced_words(reasoning))
-    if num_words < config.min_words:
-        return TraceProblem(TOO_SHORT, f"{num_words} words, fewer than {config.min_words}")
-    if num_words > config.max_words:
-        return TraceProblem(TOO_LONG, f"{num_words} words, more than {config.max_words}")
+    if len(words) < config.min_words:
+        return TraceProblem(TOO_SHORT, f"{len(words)} words, fewer than {config.min_words}")
+    if len(words) > config.max_words:
+        return TraceProblem(TOO_LONG, f"{len(words)} words, more than {config.max_words}")
     return None
 
 
+def _repeated_share(text: str, spaced: Sequence[str]) -> float:
+    words = [word.casefold() for word in spaced]
+    is_unspaced = not text.isascii() and 2 * num_unspaced(words) > len(words)
+    size = _GRAM_CHARACTERS if is_unspaced else _GRAM_WORDS
+    return max(_gram_share(words, size), _word_run_share(words), _character_run_share(text))
+
+
 def _gram_share(words: Sequence[str], size: int) -> float:
+    num_grams = len(words) - size + 1
+    if len(set(zip(*(words[start:] for start in range(size)), strict=False))) >= num_grams:
+        return 0.0
     seen: set[tuple[str, ...]] = set()
     num_covered = covered_until = 0
-    for start in range(len(words) - size + 1):
+    for start in range(num_grams):
         gram = tuple(words[start : start + size])
         if gram in seen:
             num_covered += start + size - max(covered_until, start)
             covered_until = start + size
         seen.add(gram)
-    return num_covered / len(words) if words else 0.0
+    return num_covered / len(words)
 
 
 def _word_run_share(words: Sequence[str]) -> float:
+    if not any(map(eq, words, words[1:])):
+        return 0.0
     num_in_runs = start = 0
     for end in range(1, len(words) + 1):
         if end == len(words) or words[end] != words[start]:
@@ -265,36 +226,35 @@ def _word_run_share(words: Sequence[str]) -> float:
             if end - start >= _MIN_RUN_WORDS and is_spelled:
                 num_in_runs += end - start
             start = end
-    return num_in_runs / len(words) if words else 0.0
+    return num_in_runs / len(words)
 
 
 def _character_run_share(text: str) -> float:
     packed = "".join(text.split())
+    if not _has_character_run(np.frombuffer(packed.encode("utf-32-le", "surrogatepass"), np.uint32)):
+        return 0.0
     runs = (match[0] for match in _CHARACTER_RUN.finditer(packed))
     num_in_runs = sum(len(run) for run in runs if len(run) > _MAX_RULE or not _RULE_CHARACTERS.issuperset(run))
-    return num_in_runs / len(packed) if packed else 0.0
+    return num_in_runs / len(packed)
 
 
-_CHARACTER_RUN = re.compile(r"(.{1,8}?)\1{7,}", re.DOTALL)
+@kernel
+def _has_character_run(codes):  # type: ignore[no-untyped-def]
+    """Returns whether `_CHARACTER_RUN` stands in a text: so many characters equal the one a unit before them.
+
+    codes: uint32 [characters].
+    """
+    for unit in range(1, _MAX_UNIT + 1):
+        num_equal = 0
+        for place in range(unit, len(codes)):
+            num_equal = num_equal + 1 if codes[place] == codes[place - unit] else 0
+            if num_equal == (_MIN_UNITS - 1) * unit:
+                return True
+    return False
+
+
+_CHARACTER_RUN = re.compile(rf"(.{{1,{_MAX_UNIT}}}?)\1{{{_MIN_UNITS - 1},}}", re.DOTALL)
 """A unit that stands eight times or more in a row. Linear: a failed start looks at 8 x 8 x 8 characters at most."""
-
-
-@cache
-def _compiled_persona() -> list[tuple[str, re.Pattern[str]]]:
-    return [(what, re.compile(pattern, re.IGNORECASE)) for what, pattern in _PERSONA.items()]
-
-
-@cache
-def _compiled_leaks() -> list[tuple[str, re.Pattern[str]]]:
-    return [(what, re.compile(pattern, re.IGNORECASE)) for what, pattern in _LEAKS.items()]
-
-
-@cache
-def _compiled_damage() -> list[tuple[str, re.Pattern[str]]]:
-    return [
-        ("contains a leftover template token", re.compile(_LEFTOVER_MARKUP, re.IGNORECASE | re.MULTILINE)),
-        ("contains a damaged character", re.compile(_DAMAGED_CHARACTER)),
-    ]
 
 
 @lru_cache(16)

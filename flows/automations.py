@@ -20,7 +20,7 @@ from prefect.events.actions import ActionTypes, CallWebhook, SendNotification
 from prefect.events.schemas.automations import Automation, AutomationCore, Posture
 from prefect.exceptions import ObjectNotFound
 
-from flows.events import CORPUS_CREATED, QUARANTINE_EXCEEDED
+from flows.events import CORPUS_CREATED, QUARANTINE_EXCEEDED, RUN_RESTARTED
 from schemas.errors import ConfigError
 
 TAG = "bimode-notification"
@@ -63,6 +63,17 @@ def templates(*, nights: int = 3) -> list[Template]:
             _flow_trigger(["curate", "train"], ["Failed", "Crashed", "TimedOut"]),
             "bimode: {{ flow.name }} {{ flow_run.state.name|lower }}",
             "The run '{{ flow_run.name }}' of {{ flow.name }} ended as {{ flow_run.state.name }}." + link,
+        ),
+        Template(
+            "restarted",
+            "bimode: a crashed run was started again",
+            "A run's host went, or its process was killed; another run goes on in its place.",
+            EventTrigger(
+                expect={RUN_RESTARTED}, match={"prefect.resource.id": "bimode.run.*"}, posture=Posture.Reactive
+            ),
+            "bimode: {{ event.payload.flow }} was started again",
+            "The run '{{ event.resource['prefect.resource.name'] }}' of {{ event.payload.flow }} crashed; "
+            "'{{ flow_run.name }}' goes on in its place." + link,
         ),
         Template(
             "quarantine",

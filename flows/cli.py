@@ -1,5 +1,6 @@
 """The command line `bimode`.
 
+bimode plan --rows N --gpus K             say what a curation will take, and what breaks first
 bimode curate --config my.yaml            curate a corpus
 bimode curate --config my.yaml --dry-run  say what would be asked, and what it would cost
 bimode summary --config my.yaml           show where the corpus is and what is in it
@@ -17,6 +18,9 @@ bimode annotate --config my.yaml …        draw a sample for people to mark
 bimode agreement --config my.yaml FILE    read their marks and say how far the judges agree
 bimode notify                             have Prefect tell you of runs that fail, and the like
 bimode train --config my.yaml             train on a corpus: annealing, BPO, evaluation
+bimode pool status                        show who holds the GPUs and who waits; create the work pool
+bimode watch                              start a run that crashed once more, and keep Prefect's database small
+bimode prune                              remove old runs and events from Prefect's database
 bimode up --config my.yaml                start Prefect's server, a worker and the teacher on this machine
 bimode down                               stop what `up` started
 
@@ -37,6 +41,9 @@ from flows.commands import (
     diff,
     export,
     notify,
+    plan,
+    pool,
+    prune,
     relabel,
     report,
     show,
@@ -45,12 +52,14 @@ from flows.commands import (
     train,
     validate,
     versions,
+    watch,
 )
 
 _HELP = (__doc__ or "").replace("\n\n", "\n\n\b\n", 1)
 """The \\b tells click to keep the lines of the examples as they are."""
 
 COMMANDS: dict[Callable[..., None], str] = {
+    plan.plan: plan.EXAMPLES,
     curate.curate: curate.EXAMPLES,
     summary.summary: summary.EXAMPLES,
     show.show: show.EXAMPLES,
@@ -67,6 +76,8 @@ COMMANDS: dict[Callable[..., None], str] = {
     agreement.agreement: agreement.EXAMPLES,
     train.train: train.EXAMPLES,
     notify.notify: notify.EXAMPLES,
+    watch.watch: watch.EXAMPLES,
+    prune.prune: prune.EXAMPLES,
     stack.up: stack.UP_EXAMPLES,
     stack.down: stack.DOWN_EXAMPLES,
 }
@@ -82,6 +93,7 @@ app = typer.Typer(
 )
 for _command, _examples in COMMANDS.items():
     app.command(epilog=_examples)(_command)
+app.add_typer(pool.app)
 
 
 def main() -> None:

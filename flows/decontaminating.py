@@ -31,7 +31,7 @@ from filters.decontamination import (
 from filters.features import image_names, list_offsets
 from filters.flat_texts import FlatTexts
 from filters.text_columns import read_tokens
-from flows.removing import removal_table, split_rows
+from flows.removals import removal_table, split_rows
 from flows.runtime import Runtime
 from flows.workspace import Marker, digest_of
 from schemas.config import SourceConfig

@@ -17,7 +17,7 @@ from corpus.accounting import amount
 from flows import removing, stages
 from flows.accounting import duration, paid_line
 from flows.decontaminating import Benchmarks
-from flows.removing import RemovalPlan, split_rows
+from flows.removals import RemovalPlan, split_rows
 from flows.runtime import Runtime
 from flows.sampling_estimate import Measurement, RowSampler, Scaled, measure
 from flows.stages import Progress
@@ -144,7 +144,7 @@ def estimate_run(config: RunConfig, *, num_sampled: int = 0) -> RunEstimate:
             markers = [stages.read_source_shard(runtime, unit, progress) for unit in units]
             num_quarantined = sum(marker.count.num_quarantined for marker in markers)
             if config.decontamination.benchmarks:
-                benchmarks = Benchmarks(runtime)
+                benchmarks = runtime.shared(Benchmarks)
                 markers = [stages.remove_leaks(runtime, benchmarks, marker, Progress(0)) for marker in markers]
             num_leaks = sum(marker.count.num_dropped for marker in markers)
             plan = removing.plan_duplicates(runtime, markers)

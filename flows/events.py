@@ -1,8 +1,8 @@
 """The events that runs emit, for automations and for Prefect's event feed.
 
-Every event is of the resource `bimode.corpus.NAME`, NAME being the corpus' name in its configuration; Prefect adds the
-flow run, its flow, its deployment and their tags as related resources. A payload holds counts, codes and places: never
-a row, never a message that may quote one, never a secret.
+Every event but the last is of the resource `bimode.corpus.NAME`, NAME being the corpus' name in its configuration;
+Prefect adds the flow run, its flow, its deployment and their tags as related resources. A payload holds counts, codes
+and places: never a row, never a message that may quote one, never a secret.
 
 | event                        | when                                              | payload                           |
 |------------------------------|---------------------------------------------------|-----------------------------------|
@@ -17,6 +17,8 @@ a row, never a message that may quote one, never a secret.
 |                              | allow; the run stops, `bimode.run.failed` follows | max_quarantine_share, reasons     |
 | `bimode.run.failed`          | a run ended with an error (one whose process was  | stage, error (its class),         |
 |                              | killed cannot tell: `prefect.flow-run.Crashed`)   | exit_code                         |
+| `bimode.run.restarted`       | `bimode watch` started a run in place of one that | run, lost, flow, reason           |
+|                              | crashed; of the resource `bimode.run.ID`          |                                   |
 
 A training that waits for approval is Prefect's own `prefect.flow-run.Suspended` of the flow `train`.
 """
@@ -33,6 +35,7 @@ CORPUS_CREATED = "bimode.corpus.created"
 CORPUS_UNCHANGED = "bimode.corpus.unchanged"
 QUARANTINE_EXCEEDED = "bimode.quarantine.exceeded"
 RUN_FAILED = "bimode.run.failed"
+RUN_RESTARTED = "bimode.run.restarted"
 
 
 def corpus_resource(name: str) -> str:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from corpus.storage import write_text
+from flows import heartbeats
 from flows.workspace import Workspace
 from schemas.errors import StorageError
 
@@ -44,16 +45,18 @@ class Holder:
 def held(workspace: Workspace, name: str, *, wait: bool, say: Say) -> Iterator[None]:
     """Holds the work folder for this process. name: of this run, for those that come later.
 
-    wait: until the run that holds it now has ended; `say` gets a line about it at once and every minute.
+    wait: until the run that holds it now has ended; `say` gets a line about it at once and every minute. A run in the
+    place of a crashed one always waits, and asks the holder to make way if it is cut off (`flows.heartbeats`).
 
     Raises StorageError: another run holds the folder and `wait` is off, or it cannot be used.
     """
     note = workspace.root / HOLDER_FILE
     with ExitStack() as stack:
+        pulse = stack.enter_context(heartbeats.beating(workspace.root))
         said = -_SAY_SECONDS
         while not _taken(workspace, stack):
             holder = find_holder(workspace) or "another run"
-            if not wait:
+            if not wait and not heartbeats.is_restart():
                 raise StorageError(
                     f"{holder} is at work in {workspace.root}. Nothing was changed: wait for it (--wait does), or use "
                     "another work folder (--workdir)"
@@ -61,7 +64,10 @@ def held(workspace: Workspace, name: str, *, wait: bool, say: Say) -> Iterator[N
             if time.monotonic() - said >= _SAY_SECONDS:
                 said = time.monotonic()
                 say(f"waiting for {holder}, which is at work in {workspace.root}")
+            heartbeats.ask_to_make_way(workspace.root)
             time.sleep(_ASK_SECONDS)
+        if pulse is not None:
+            stack.enter_context(pulse.holding())
         since = datetime.now(UTC).isoformat(timespec="seconds")
         write_text(note, json.dumps(asdict(Holder(name, socket.gethostname(), os.getpid(), since))))
         stack.callback(note.unlink, missing_ok=True)

@@ -38,7 +38,7 @@ class Pictures:
         self._published = _read(self._path) or FingerprintTable.empty([])
         num_workers = runtime.config.parallel_shards
         with ThreadPoolExecutor(num_workers) as pool:
-            tables = list(pool.map(lambda marker: _shard_fingerprints(runtime, folder, marker), markers))
+            tables = list(pool.map(lambda marker: shard_fingerprints(runtime, folder, marker), markers))
         self._table, num_published = _joined([self._published, *tables])
         is_published = np.arange(len(self._table)) < num_published
         self._representative = looked_at_clusters(
@@ -54,8 +54,11 @@ class Pictures:
                 write_arrow(temporary, self._table.take(places).to_table())
 
 
-def _shard_fingerprints(runtime: Runtime, folder: Path, marker: Marker) -> FingerprintTable:
-    """Returns the fingerprints of a shard's images, read and stored first if they are not there."""
+def shard_fingerprints(runtime: Runtime, folder: Path, marker: Marker) -> FingerprintTable:
+    """Returns the fingerprints of a shard's images, read and stored first if they are not there.
+
+    folder: of the stage. Raises StorageError: the disk fails.
+    """
     path, digest = folder / f"{marker.shard}.pictures", digest_of(FINGERPRINTS_VERSION, marker.output)
     held = None
     with suppress(StorageError):  # a damaged file is made again

@@ -140,7 +140,7 @@ class Relabelling:
         self._plan, self._config, self._runtime, self._say = plan, plan.config, runtime, say
         self._workspace = plan.workspace
         self._began = time.monotonic()
-        self._benchmarks = Benchmarks(runtime) if plan.config.decontamination.benchmarks else None
+        self._benchmarks = runtime.shared(Benchmarks) if plan.config.decontamination.benchmarks else None
         self._markers = published_shards(runtime)
 
     def run(self) -> Relabelled:
@@ -219,7 +219,8 @@ class Relabelling:
 
         def remove(place: int) -> Marker:
             done = found[place]
-            return done or stages.remove_traces(self._runtime, before[place], removals, digest, progress)
+            planned = removals.get(before[place].shard)
+            return done or stages.remove_planned(self._runtime, TRACES, before[place], planned, digest, progress)
 
         with ThreadPoolExecutor(self._plan.num_processes + 1, thread_name_prefix=TRACES) as threads:
             return list(threads.map(remove, range(len(before))))

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -162,7 +163,8 @@ def _num_tries(
 class KnownTraces:
     """Traces that an earlier run of the reasoning stage accepted under the same checks.
 
-    after: the rows that it kept. num_tries: of a row's traces, how many are stored. For an open row, trace and answer
+    after: the rows that it kept. num_tries: of a row's traces, how many are stored. same_verdicts: answer types on
+    which the verifier says what it said then. For an open row, trace and answer
     say which reply was accepted. For a checkable one the answer is the reference, so the reply is known only if no
     other try of the row is stored: then what follows its trace was found to agree with the reference, too.
     """
@@ -173,13 +175,13 @@ class KnownTraces:
         *,
         num_tries: Callable[[Sample], int],
         verifier: Verifier,
-        are_answers_known: bool,
+        same_verdicts: Set[AnswerType],
     ) -> None:
         columns = (after[name].to_pylist() for name in ("id", "kind", "reasoning", "final_answer"))
         rows = zip(*columns, strict=True)
         self._accepted = {id_: (Kind(kind), thought, answer) for id_, kind, thought, answer in rows if thought}
         self._num_tries, self._verifier = num_tries, verifier
-        self._are_answers_known = are_answers_known
+        self._same_verdicts = same_verdicts
         self._right: dict[str, str] = {}
 
     def check_trace(
@@ -201,7 +203,7 @@ class KnownTraces:
         if kind is Kind.SUBJECTIVE:
             return answer == trace.answer
         is_only_one = self._num_tries(sample) == 1
-        if is_only_one and self._are_answers_known:
+        if is_only_one and sample.answer_type in self._same_verdicts:
             self._right[sample.id] = trace.answer
         return is_only_one
 
@@ -222,15 +224,17 @@ def replay_stage(
     cannot be read.
     """
     concerned = concerned_places(stage, table)
-    known = settled_rows(stage, config, table, earlier, journal_folder)
-    places = np.setdiff1d(concerned, known.places, assume_unique=True) if known else concerned
-    usage = [known.usage] if known else []
-    results: list[WorkRow | Fate | Missing] = []
-    if len(places):
-        rows = work_rows(table.take(pa.array(places)))
-        with Journal(journal_folder) as journal:
-            stored = _counts(journal.stored())
-            desk, endpoints = _open_desk(stage, config, journal, stored, verifier, earlier)
+    with ExitStack() as opened:
+        open_journal = cache(lambda: opened.enter_context(Journal(journal_folder)))
+        read_stored = cache(lambda: open_journal().stored())
+        known = settled_rows(stage, config, table, earlier, read_stored)
+        places = np.setdiff1d(concerned, known.places, assume_unique=True) if known else concerned
+        usage = [known.usage] if known else []
+        results: list[WorkRow | Fate | Missing] = []
+        if len(places):
+            rows = work_rows(table.take(pa.array(places)))
+            stored = _counts(read_stored())
+            desk, endpoints = _open_desk(stage, config, open_journal(), stored, verifier, earlier)
             results = runner.run(_label_all(stage, rows, desk))
             if known is None or not known.is_all:
                 usage.append(_usage(endpoints, stored, stage, source_of(rows)))
@@ -281,7 +285,7 @@ def _open_desk(
             earlier.after,
             num_tries=partial(_num_tries, config, reasoner, stored),
             verifier=verifier,
-            are_answers_known=earlier.is_same_recipe,
+            same_verdicts=earlier.same_verdicts if earlier.is_same_recipe else frozenset(),
         )
         check, verifier = known.check_trace, known
     desk = Desk(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from corpus.places import is_address
 from flows.stack import project_folder
+from schemas.addresses import holds_credentials
 from schemas.config import RunConfig, ServeConfig, SourceConfig, load_config
 from schemas.errors import ConfigError
 
@@ -29,6 +30,7 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
                 "one by one. Name the address as corpus.folder: versions are sent there"
             )
     teacher = loaded.teacher.model_copy(update={"url": teacher_url}) if teacher_url else loaded.teacher
+    _check_addresses(loaded.model_copy(update={"teacher": teacher}))
     return loaded.model_copy(
         update={
             "teacher": teacher,
@@ -41,6 +43,22 @@ def load_run(config: str, *, teacher_url: str | None = None, workdir: str | None
             "corpus": loaded.corpus.model_copy(update={"folder": _absolute(loaded.corpus.folder, home)}),
         }
     )
+
+
+def _check_addresses(config: RunConfig) -> None:
+    """Raises ConfigError: an address holds credentials. Addresses are shown in logs, reports and manifests."""
+    endpoints = {"teacher": config.teacher, "reasoner": config.reasoner_endpoint}
+    endpoints |= {f"difficulty.panel.{index}": endpoint for index, endpoint in enumerate(config.difficulty.panel)}
+    addresses = {f"{name}.url": [endpoint.url, *endpoint.more_urls] for name, endpoint in endpoints.items()}
+    addresses["corpus.folder"] = [config.corpus.folder or ""]
+    for source in [*config.sources, *config.decontamination.benchmarks]:
+        addresses[f"the path or image_root of {source.name}"] = [source.path, source.image_root or ""]
+    for name, values in addresses.items():
+        if any(holds_credentials(value) for value in values):
+            raise ConfigError(
+                f"{name} holds credentials inside an address, where logs and reports would show them; they come from "
+                "the environment (AWS_ACCESS_KEY_ID, ..., or the variable that api_key_env names)"
+            )
 
 
 def _serve_section(serve: ServeConfig | None, home: Path) -> ServeConfig | None:

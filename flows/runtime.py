@@ -9,20 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from flows.accounting import Accounts, AskedUsage, Load, stage_total
+from flows.gpu_devices import GpuHost
+from flows.gpu_lease import Leases
+from flows.gpu_priority import current_priority
 from flows.labelling import Desk
+from flows.runtime_view import CountedVerifiers, EndpointView, RuntimeView
+from flows.stack import project_folder
+from flows.teacher_lease import Asker as TeacherAsker
+from flows.teacher_lease import Seat, open_seat
 from flows.workspace import Workspace
-from judges.answers import VerifierPool
 from judges.sampling_plan import SamplingPlans
 from schemas.config import EndpointConfig, RunConfig
+from schemas.context import outside_shards
 from schemas.requests import CallFailure, Reply, TeacherRequest
-from schemas.usage import Usage
+from schemas.usage import Usage, UsageKey
 from sources import ImageStore
 from teacher import serving
 from teacher.client import Teacher, reply_key
@@ -30,6 +39,8 @@ from teacher.group import EndpointGroup
 from teacher.journal import Journal
 
 _log = logging.getLogger(__name__)
+_VIEW_SECONDS = 2.0
+"""Longest wait of those that only look for a busy event loop."""
 _Result = TypeVar("_Result")
 
 
@@ -40,13 +51,17 @@ class Runtime:
         self.config = config
         self.workspace = Workspace(config.workdir)
         self.accounts = Accounts()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread: threading.Thread | None = None
-        self._server: serving.ServerHandle | None = None
+        self._seat: Seat | None = None
+        self._priority = current_priority()
+        self._is_closing = threading.Event()
         self._groups: dict[str, EndpointGroup] = {}
         self._opened: dict[str, asyncio.Task[None]] = {}
         self._starting = asyncio.Lock()
+        self._viewed = RuntimeView()
+        self._made: dict[Callable[[Runtime], Any], Any] = {}
 
     def __reduce__(self) -> tuple[type[Runtime], tuple[RunConfig]]:
         return (Runtime, (self.config,))
@@ -56,12 +71,20 @@ class Runtime:
         return ImageStore(self.workspace.images, self.config.images)
 
     @cached_property
-    def verifiers(self) -> VerifierPool:
-        return VerifierPool(self.config.verification)
+    def verifiers(self) -> CountedVerifiers:
+        return CountedVerifiers(self.config.verification)
 
     @cached_property
     def plans(self) -> SamplingPlans:
         return SamplingPlans(self.config.performance)
+
+    def shared(self, make: Callable[[Runtime], _Result]) -> _Result:
+        """Returns what a class or function makes of this runtime; made once, whoever asks first."""
+        with self._lock:
+            if make not in self._made:
+                self._made[make] = make(self)
+            made: _Result = self._made[make]
+            return made
 
     def run(self, work: Coroutine[Any, Any, _Result]) -> _Result:
         """Runs a coroutine in the process's one event loop and returns its result; called in any other thread."""
@@ -77,14 +100,54 @@ class Runtime:
         """Returns what is going on at the endpoints, and what the stage has paid; called outside the event loop."""
         return Load() if self._loop is None else self.run(self._load(stage))
 
+    def paid(self) -> dict[UsageKey, Usage]:
+        """Returns what this process has paid so far; called outside the event loop."""
+        return self.accounts.paid() if self._loop is None else self.run(self._paid())
+
+    async def _paid(self) -> dict[UsageKey, Usage]:
+        return self.accounts.paid()
+
     async def _load(self, stage: str) -> Load:
         paid = stage_total(self.accounts.paid(), stage)
         addresses = [group.addresses for group in self._groups.values()]
         num_in_flight = sum(address.num_in_flight for known in addresses for address in known.all)
         return Load(paid, num_in_flight, sum(known.num_waiting for known in addresses))
 
+    def view(self) -> RuntimeView:
+        """Returns what goes on now, for those that only look; called in any thread but the event loop's, at any time.
+
+        A loop that is busy or just ending shows what it showed last.
+        """
+        loop = self._loop
+        if loop is None:
+            self._viewed = self._view()
+            return self._viewed
+        looked: Future[RuntimeView] = Future()
+        try:
+            loop.call_soon_threadsafe(lambda: looked.set_result(self._view()))
+            self._viewed = looked.result(_VIEW_SECONDS)
+        except (RuntimeError, TimeoutError):  # it is closed, or has other things to do
+            _log.debug("the event loop did not show itself; what it showed last is shown")
+        return self._viewed
+
+    def _view(self) -> RuntimeView:
+        num_waiting: Counter[str] = Counter()
+        endpoints = []
+        for group in list(self._groups.values()):
+            model = group.endpoint.model
+            num_waiting[model] += group.addresses.num_waiting
+            endpoints += [
+                EndpointView(a.url, model, str(a.state), a.num_in_flight, a.window.limit, a.generation)
+                for a in group.addresses.all
+            ]
+        verifiers = self.__dict__.get("verifiers")
+        verdicts = {} if verifiers is None else dict(verifiers.verdicts)
+        num_comparing = 0 if verifiers is None else verifiers.num_comparing
+        return RuntimeView(self.accounts.paid(), tuple(endpoints), num_waiting, verdicts, num_comparing)
+
     def close(self) -> None:
         """Ends the calls and the verifier processes, and the vLLM server if this runtime started one."""
+        self._is_closing.set()  # whoever still waits for a GPU gives up
         if self._loop is not None and self._loop_thread is not None:
             for group in self._groups.values():
                 asyncio.run_coroutine_threadsafe(group.close(), self._loop).result()
@@ -93,10 +156,11 @@ class Runtime:
             self._loop = self._loop_thread = None
         if "verifiers" in self.__dict__:
             self.verifiers.close()
-        if self._server is not None:
-            _log.info("stopping the teacher's vLLM server")
-            self._server.stop()
-            self._server = None
+        if self._seat is not None:
+            if self._seat.server is not None:
+                _log.info("stopping the teacher's vLLM server")
+            self._seat.leave()
+            self._seat = None
 
     def group(self, endpoint: EndpointConfig) -> EndpointGroup:
         """Returns the calls to an endpoint, shared by all shards; called in the event loop."""
@@ -118,41 +182,47 @@ class Runtime:
         """
         key = endpoint.model_dump_json()
         if key not in self._opened:
-            self._opened[key] = asyncio.create_task(self._open(endpoint))
+            # It is done for all, and must not log in the name of the row that came first.
+            self._opened[key] = asyncio.create_task(self._open(endpoint), context=outside_shards())
         await asyncio.shield(self._opened[key])
 
     async def _open(self, endpoint: EndpointConfig) -> None:
         if self._is_served_here(endpoint):
             # Teachers of a panel may share the address, and are opened at the same time.
             async with self._starting:
-                await asyncio.to_thread(self._start_server)
+                await asyncio.to_thread(self._take_seat)
         await self.group(endpoint).check()
 
-    def _start_server(self) -> None:
+    def _take_seat(self) -> None:
+        """Waits until the teacher may be asked, and starts it if nothing answers; once for all who ask there."""
+        if self._seat is not None:
+            return
         serve, endpoint = self.config.serve, self.config.teacher
         assert serve is not None, "only called where vLLM is to be started"
-        if not serving.is_answering(endpoint):
-            logs = self.workspace.root / "logs"
-            _log.info("starting vLLM for %s; its log is %s", endpoint.model, logs / "vllm.log")
-            self._server = serving.start_server(
-                endpoint,
-                serve,
-                log_path=logs / "vllm.log",
-                pid_path=logs / "vllm.pid",
-                media_folder=self.images.root,
-                detached=False,
-            )
+        logs = self.workspace.root / "logs"
+        asker = TeacherAsker(
+            Leases(GpuHost.here(project_folder())),
+            f"the curation {self.config.name}",
+            self._priority,
+            _log.info,
+            self._is_closing.is_set,
+        )
+        paths = {"log_path": logs / "vllm.log", "pid_path": logs / "vllm.pid", "media_folder": self.images.root}
+        self._seat = open_seat(asker, endpoint, serve, **paths)
 
     async def _revive(self, endpoint: EndpointConfig, url: str) -> None:
         """Starts our own server again when it has died. Raises ServingError: it dies too often, or does not start."""
-        if self._server is not None and self._is_served_here(endpoint) and url == self.config.teacher.url.rstrip("/"):
-            self._server = await asyncio.to_thread(serving.revive, self._server)
+        seat = self._seat
+        if seat is None or seat.server is None or not self._is_served_here(endpoint):
+            return
+        if url == self.config.teacher.url.rstrip("/"):
+            seat.server = await asyncio.to_thread(serving.revive, seat.server)
 
     def num_gpus(self, endpoint: EndpointConfig) -> int | None:
         """Returns how many GPUs compute for an endpoint; None where that is unknown, or no GPU does."""
-        if self._server is None or not self._is_served_here(endpoint):
+        if self._seat is None or self._seat.server is None or not self._is_served_here(endpoint):
             return None
-        return self._server.num_gpus or None
+        return self._seat.server.num_gpus or None
 
     def _is_served_here(self, endpoint: EndpointConfig) -> bool:
         return self.config.serve is not None and endpoint.url == self.config.teacher.url
@@ -214,8 +284,13 @@ class Asker:
         if not self._is_open and not all(self.is_stored(request) for request in requests):
             await self._runtime.open(self._teacher.endpoint)
             self._is_open = True
-        with self._timed(requests[0].purpose, len(requests)):
+        accounts, num = self._runtime.accounts, len(requests)
+        wall, served = accounts.clock(""), accounts.clock(self._teacher.endpoint.url)
+        wall_began, served_began = wall.begin(num), served.begin(num)
+        try:
             replies = await self._teacher.ask_samples(requests)
+        finally:
+            self._count_time(requests[0].purpose, wall.end(num, wall_began), served.end(num, served_began))
         for request, reply in zip(requests, replies, strict=True):
             if isinstance(reply, Reply):
                 self._count(request, reply)
@@ -249,20 +324,11 @@ class Asker:
             paid = {purpose: replace(usage, num_gpu_calls=usage.num_calls) for purpose, usage in paid.items()}
         return AskedUsage(self._teacher.endpoint.model, dict(self._costs), paid)
 
-    @contextmanager
-    def _timed(self, purpose: str, num_sequences: int) -> Iterator[None]:
-        """Counts the time within as the purpose's, waiting for room included; starting a server is not within."""
-        accounts, endpoint = self._runtime.accounts, self._teacher.endpoint
-        try:
-            with (
-                accounts.clock("").shared(num_sequences) as wall,
-                accounts.clock(endpoint.url).shared(num_sequences) as served,
-            ):
-                yield
-        finally:
-            gpu_seconds = served.seconds * (self._runtime.num_gpus(endpoint) or 0)
-            share = Usage(wall_seconds=wall.seconds, gpu_seconds=gpu_seconds)
-            self._shares[purpose] = self._shares.get(purpose, Usage()) + share
+    def _count_time(self, purpose: str, wall_seconds: float, served_seconds: float) -> None:
+        """Counts shares of time as the purpose's, waiting for room included; starting a server is no part of them."""
+        num_gpus = self._runtime.num_gpus(self._teacher.endpoint) or 0
+        share = Usage(wall_seconds=wall_seconds, gpu_seconds=served_seconds * num_gpus)
+        self._shares[purpose] = self._shares.get(purpose, Usage()) + share
 
     def _count(self, request: TeacherRequest, reply: Reply) -> None:
         """Counts a stored reply once, however often it is asked for; who asks is no part of the question."""

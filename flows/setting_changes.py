@@ -53,7 +53,7 @@ def changed_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     try:
         changed = RunConfig.model_validate(_merged(config.model_dump(), nested(changes)))
     except ValidationError as error:
-        raise wrong_settings("the configuration with --set", error) from error
+        raise wrong_settings("the configuration with --set", error) from None  # its own message shows values
     given = [name for name in changes if name not in LIMITS]
     if changed != config and given and not changed_stages(config, changed):
         raise ConfigError(

@@ -8,8 +8,8 @@ labelled by the functions of `flows.labelling`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from flows.stages import concerned_places
-from judges import difficulty, reasoning
+from judges import difficulty, performance, reasoning
 from schemas.config import RunConfig
-from schemas.samples import Kind
+from schemas.samples import AnswerType, Kind
 from schemas.usage import Ledger, Usage, UsageKey
-from teacher.journal import Journal
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +28,9 @@ class Earlier:
     """A stage over a shard as an earlier run left it.
 
     before: the rows it read. after: those it kept. usage: what their replies cost. is_same_recipe: its settings were
-    those of now; of the stage `difficulty`, all but the threshold. are_same_checks: what it accepted as a trace would
-    be accepted now.
+    those of now; of the stage `difficulty`, all but the threshold, of stages that verify answers, all but the
+    verifier's. same_verdicts: answer types on which the verifier says what it said then. are_same_checks: what it
+    accepted as a trace would be accepted now.
     """
 
     before: pa.Table
@@ -38,6 +38,7 @@ class Earlier:
     usage: Ledger
     is_same_recipe: bool
     are_same_checks: bool
+    same_verdicts: frozenset[AnswerType] = frozenset(AnswerType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +59,26 @@ def settled_rows(
     config: RunConfig,
     table: pa.Table,
     earlier: Earlier | None,
-    journal_folder: Path,
+    read_stored: Callable[[], pa.Table | None],
 ) -> Settled | None:
     """Returns the rows of which the result is certain; None where there are none.
 
-    table: what the stage reads. Raises StorageError: the replies cannot be read.
+    table: what the stage reads. read_stored: `Journal.stored`, called only where whose replies there are must be known.
+    Raises StorageError: as `read_stored`.
     """
     if earlier is None or not earlier.is_same_recipe:
         return None
     if stage == "difficulty":
         return _settled_verdicts(config, table, earlier)
-    if stage == "performance":
+    if stage == "performance" and earlier.same_verdicts == frozenset(AnswerType):
         return _settled_answers(table, earlier)
-    if stage != "reasoning":
+    if stage not in ("performance", "reasoning"):
         return None
-    with Journal(journal_folder) as journal:
-        replies = journal.stored()
-    return None if replies is None else _settled_traces(config, table, earlier, replies)
+    replies = read_stored()
+    if replies is None:
+        return None
+    settled = _settled_traces if stage == "reasoning" else _settled_answers_of_types
+    return settled(config, table, earlier, replies)
 
 
 def _settled_verdicts(config: RunConfig, table: pa.Table, earlier: Earlier) -> Settled | None:
@@ -101,6 +105,22 @@ def _settled_answers(table: pa.Table, earlier: Earlier) -> Settled | None:
     return Settled(places[_places_of(after, table.take(pa.array(places)))], after, earlier.usage, is_all=True)
 
 
+def _settled_answers_of_types(config: RunConfig, table: pa.Table, earlier: Earlier, stored: pa.Table) -> Settled | None:
+    """Takes labels as `_settled_answers` does, of rows on which a changed verifier says what it said.
+
+    Only of rows whose stored samples are those of one question, so that it is known what they cost.
+    """
+    settled = _settled_answers(table, earlier)
+    if settled is None:
+        return None
+    is_certain = pc.is_in(settled.rows["answer_type"], pa.array(sorted(earlier.same_verdicts), pa.string()))
+    is_certain = pc.and_(is_certain, _is_in(settled.rows["id"], _asked_in_turn(stored, performance.PURPOSE)))
+    rows = settled.rows.filter(is_certain)
+    places = settled.places[is_certain.to_numpy()]
+    usage = _costs("performance", {performance.PURPOSE: config.teacher.model}, stored, rows)
+    return Settled(places, rows, usage, is_all=len(places) == len(concerned_places("performance", table)))
+
+
 def _settled_traces(config: RunConfig, table: pa.Table, earlier: Earlier, stored: pa.Table) -> Settled:
     """Takes traces that were accepted at the first try, and are the only one that is stored of their row.
 
@@ -115,6 +135,8 @@ def _settled_traces(config: RunConfig, table: pa.Table, earlier: Earlier, stored
     if config.reasoning.judge_consistency:
         is_judged = _is_in(rows["id"], _asked_once(stored, reasoning.CONSISTENCY))
         is_certain = pc.and_(is_certain, pc.or_(pc.equal(rows["kind"], str(Kind.OBJECTIVE)), is_judged))
+    is_judged_alike = _is_in(rows["answer_type"], pa.array(sorted(earlier.same_verdicts), pa.string()))
+    is_certain = pc.and_(is_certain, pc.or_(pc.equal(rows["kind"], str(Kind.SUBJECTIVE)), is_judged_alike))
     # The id stands for what was asked, not for what routing made of it.
     same = accepted.take(found.combine_chunks())
     for name in ("kind", "answer_type"):
@@ -122,9 +144,11 @@ def _settled_traces(config: RunConfig, table: pa.Table, earlier: Earlier, stored
     rows, same = rows.filter(is_certain), same.filter(is_certain)
     for name in ("reasoning", "final_answer"):
         rows = _with_column(rows, name, same[name])
-    replies = stored.filter(_is_in(stored["sample_id"], rows["id"]))
+    models = {reasoning.PURPOSE: config.reasoner_endpoint.model}
+    if config.reasoning.judge_consistency:
+        models[reasoning.CONSISTENCY] = config.teacher.model
     is_all = rows.num_rows == len(places)
-    return Settled(places[is_certain.to_numpy()], rows, _costs(config, replies, rows), is_all)
+    return Settled(places[is_certain.to_numpy()], rows, _costs(stage, models, stored, rows), is_all)
 
 
 def _with_column(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
@@ -145,27 +169,41 @@ def _places_of(kept: pa.Table, rows: pa.Table) -> NDArray[np.int64]:
 
 def _asked_once(stored: pa.Table, purpose: str) -> pa.Array:
     """Returns the rows of which one reply to a question is stored, and that is the first."""
-    asked = stored.filter(pc.equal(stored["purpose"], purpose)).select(["sample_id", "index"])
-    counted = asked.group_by("sample_id", use_threads=False).aggregate([("index", "count"), ("index", "max")])
+    counted = _counted(stored, purpose)
     is_only = pc.and_(pc.equal(counted["index_count"], 1), pc.equal(counted["index_max"], 0))
     return counted["sample_id"].filter(is_only).combine_chunks()
+
+
+def _asked_in_turn(stored: pa.Table, purpose: str) -> pa.Array:
+    """Returns the rows of which one sample after the other is stored, each once.
+
+    Another question under the same purpose (at another temperature, say) would have a first sample, too.
+    """
+    counted = _counted(stored, purpose)
+    is_once = pc.equal(counted["index_count"], counted["index_count_distinct"])
+    is_in_turn = pc.equal(counted["index_count"], pc.add(counted["index_max"], 1))
+    return counted["sample_id"].filter(pc.and_(is_once, is_in_turn)).combine_chunks()
+
+
+def _counted(stored: pa.Table, purpose: str) -> pa.Table:
+    asked = stored.filter(pc.equal(stored["purpose"], purpose)).select(["sample_id", "index"])
+    counts = [("index", "count"), ("index", "count_distinct"), ("index", "max")]
+    return asked.group_by("sample_id", use_threads=False).aggregate(counts)
 
 
 def _is_in(ids: pa.ChunkedArray, known: pa.Array | pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.is_in(ids, known.combine_chunks() if isinstance(known, pa.ChunkedArray) else known)
 
 
-def _costs(config: RunConfig, replies: pa.Table, rows: pa.Table) -> Ledger:
-    """Returns what the traces of rows cost, and their judgements where they were asked for."""
+def _costs(stage: str, models: Mapping[str, str], stored: pa.Table, rows: pa.Table) -> Ledger:
+    """Returns what all stored replies about rows cost. models: who was asked, by purpose."""
     source = rows["source"][0].as_py() if rows.num_rows else ""
-    models = {reasoning.PURPOSE: config.reasoner_endpoint.model}
-    if config.reasoning.judge_consistency:
-        models[reasoning.CONSISTENCY] = config.teacher.model
+    replies = stored.filter(_is_in(stored["sample_id"], rows["id"]))
     ledger = {}
     for purpose, model in models.items():
         part = replies.filter(pc.equal(replies["purpose"], purpose))
         if part.num_rows:
-            ledger[UsageKey("reasoning", purpose, source, model)] = _cost(part)
+            ledger[UsageKey(stage, purpose, source, model)] = _cost(part)
     return ledger
 
 

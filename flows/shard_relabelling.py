@@ -28,7 +28,9 @@ from flows.stages import LABELLING, recipe_digest, stage_digest
 from flows.staging import StagedWorkspace
 from flows.workspace import Marker, Workspace, digest_of
 from judges.answers import VerifierPool
+from judges.answers.verification import types_judged_alike
 from schemas.config import RunConfig
+from schemas.samples import AnswerType
 
 OnMissing = Literal["stop", "quarantine"]
 FIRST_STAGES = tuple(stage for stage in LABELLING if stage != "answers")
@@ -166,12 +168,18 @@ class ShardRelabeller:
             threshold = {"threshold": file.difficulty.threshold}
             config = config.model_copy(update={"difficulty": config.difficulty.model_copy(update=threshold)})
         is_same = after.digest == stage_digest(stage, config, before.output)
+        same_verdicts = frozenset(AnswerType)
+        if not is_same and stage != "difficulty":
+            # Some types of answers are read as before by a changed verifier.
+            config = config.model_copy(update={"verification": file.verification})
+            is_same = after.digest == stage_digest(stage, config, before.output)
+            same_verdicts = types_judged_alike(file.verification, self._config.verification)
         was_file = after.digest == stage_digest(stage, file, before.output)
         are_same_checks = is_same or (was_file and file.reasoning == config.reasoning)
         if not are_same_checks:
             return None
         read = partial(last_run.read_rows, shard=state.shard)
-        return Earlier(read(before_stage), read(stage), after.usage, is_same, are_same_checks)
+        return Earlier(read(before_stage), read(stage), after.usage, is_same, are_same_checks, same_verdicts)
 
     def _look_ahead(self, state: _ShardState) -> None:
         """Looks which rows would lack their direct answer; the others need no reply in the last stage."""

@@ -1,4 +1,4 @@
-"""The local stack: Prefect's server, a worker on the pool `gpu`, and the teacher, on one machine and in the background.
+"""The local stack: Prefect's server, its watch, a worker on the pool `gpu`, and the teacher, in the background.
 
 `up` starts what is missing and reuses what is healthy; `down` stops everything and keeps the data. All state lies
 under `.local/` of the project folder (BIMODE_HOME, else the current folder): Prefect's home with its SQLite database,
@@ -6,22 +6,23 @@ logs, and one pid file per process. The user's own Prefect profile and PREFECT_*
 
 One trap shapes this file: a flow run whose process was killed stays "Running" in Prefect's database, where it holds the
 only slot of its deployment for ever. So `up` closes such runs before it starts a worker, and `down` ends running flows
-while the server can still record it.
+while the server can still record it. Between the two, `flows.restarts` watches.
 
-Left out on purpose: other machines, PostgreSQL, authentication. The server listens on the loopback interface alone.
+The server keeps its state in SQLite, or in the PostgreSQL database that one setting names (`flows.database`), and for
+as long as `flows.retention` says.
+
+Left out on purpose: other machines, authentication. The server listens on the loopback interface alone.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
-import logging
 import os
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,11 +32,15 @@ from typing import Any
 import httpx
 
 from corpus.storage import write_text
-from flows import processes, supervisor
+from flows import database, processes, supervisor
+from flows.database import Database
+from flows.gpu_devices import GpuHost
+from flows.gpu_queue import PRIORITIES
 from flows.processes import Report, StackError
-from flows.workspace import Workspace
-from schemas.config import EndpointConfig, RunConfig, ServeConfig, load_config
-from schemas.errors import ConfigError, ServingError
+from flows.retention import Keep
+from flows.stack_teacher import StackTeacher
+from schemas.config import load_config
+from schemas.errors import ConfigError
 from teacher import serving
 
 POOL = "gpu"
@@ -52,6 +57,8 @@ STACK_MARK = "BIMODE_STACK"
 """Environment variable that every process started here inherits: the `.local` folder of its stack."""
 FLOW_RUN_MARK = "PREFECT__FLOW_RUN_ID"
 """Environment variable that Prefect gives to the process of a flow run."""
+STOPPED = "stopped"
+"""Tag of a flow run that a person stopped, by `down`: nobody starts it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +70,7 @@ class StackInfo:
     server_pid: int | None
     worker_pid: int | None
     teacher_pid: int | None
+    watch_pid: int | None = None
 
     @property
     def ui_url(self) -> str:
@@ -94,6 +102,18 @@ class _Folder:
         return self.root / "api_url"
 
     @property
+    def database_file(self) -> Path:
+        return self.root / "database"
+
+    @property
+    def last_database(self) -> str | None:
+        """The database of the last server, without its password; None before the first start."""
+        try:
+            return self.database_file.read_text(encoding="utf-8").strip()
+        except FileNotFoundError:
+            return None
+
+    @property
     def api_url(self) -> str:
         """The address of the server, remembered from its last start."""
         try:
@@ -102,24 +122,27 @@ class _Folder:
             return _api_url(DEFAULT_PORT)
 
 
-def up(config_path: Path, *, report: Report) -> StackInfo:
+def up(config_path: Path, *, report: Report, database_url: str | None = None) -> StackInfo:
     """Starts whatever of the stack does not run yet, and returns where it is. A second call reuses everything.
 
     config_path: the run configuration, relative to the current or else the project folder; its `serve` section says
-    whether a teacher is started when the teacher's address does not answer.
+    whether a teacher is started when the teacher's address does not answer. database_url: of the server, else what
+    the environment says (`flows.database`), else SQLite.
 
-    Raises ConfigError: if the configuration or `prefect.yaml` cannot be used. Raises StackError: if Prefect's server,
-    a deployment or the worker does not start. Raises ServingError: if the teacher does not start.
+    Raises ConfigError: if the configuration, the database or `prefect.yaml` cannot be used. Raises StackError: if
+    Prefect's server, a deployment or the worker does not start. Raises ServingError: if the teacher does not start.
     """
     folder = _Folder(project_folder())
     config = load_config(config_path if config_path.exists() else folder.home / config_path)
     if not (folder.home / "prefect.yaml").is_file():
         raise ConfigError(f"no prefect.yaml in {folder.home}: run this in the project folder, or set BIMODE_HOME to it")
+    chosen, keep = database.chosen_database(database_url), Keep.chosen()
     with _locked(folder, report):
-        _ensure_server(folder, report)
+        _ensure_server(folder, chosen, keep, report)
         _deploy(folder, report)
         _ensure_worker(folder, report)
-        _ensure_teacher(folder, config, report)
+        _ensure_watch(folder, report)
+        _teacher(folder).ensure(config, report)
     return status()
 
 
@@ -135,13 +158,14 @@ def down(report: Report) -> None:
         report("nothing runs: there is no local stack in this folder")
         return
     with _locked(folder, report):
+        _stop_recorded(folder, "watch", report)
         # Flow runs first, while the server can still record how they ended.
-        processes.stop(_flow_runs(folder), "flow runs", report, with_group=False)
+        runs = _flow_runs(folder)
+        _mark_stopped(folder, set(runs.values()), report)
+        processes.stop(runs, "flow runs", report, with_group=False)
         _end_training(folder, report)
         _stop_recorded(folder, "worker", report)
-        if folder.pid("teacher").exists():
-            report("stopping the teacher")
-            serving.stop_server(folder.pid("teacher"))
+        _teacher(folder).stop(report, restart=False)
         _stop_recorded(folder, "server", report)
         processes.stop(_marked_processes(folder), "processes that were left over", report)
     report(f"stopped; the data stays in {folder.root}")
@@ -156,31 +180,20 @@ def status() -> StackInfo:
         server_pid=processes.recorded_pid(folder.pid("server")),
         worker_pid=processes.recorded_pid(folder.pid("worker")),
         teacher_pid=serving.running_pid(folder.pid("teacher")),
+        watch_pid=processes.recorded_pid(folder.pid("watch")),
     )
 
 
-def release_teacher(report: Report) -> bool:
-    """Stops the teacher that `up` started, if it runs, so that training has its GPUs; returns whether it did.
+def stop_teacher(home: Path, *, restart: bool, report: Report) -> None:
+    """Stops the teacher that `up` started for a project folder, so that others have its GPUs.
 
-    Whoever needs it next starts it again: a curation with a `serve` section, or `up`.
+    restart: it starts again when nobody else wants them. Whoever calls this has seen to it that no run asks it.
 
-    Raises StackError: another flow run is in work, which may be asking the teacher.
+    Raises ServingError, StackError: a process survives SIGKILL, or none can be left to start it again.
     """
-    folder = _Folder(project_folder())
-    if not folder.pid("teacher").exists():
-        return False
+    folder = _Folder(home)
     with _locked(folder, report):
-        if serving.running_pid(folder.pid("teacher")) is None:
-            return False
-        others = set(_flow_runs(folder).values()) - {os.environ.get(FLOW_RUN_MARK)}
-        if others:
-            raise StackError(
-                f"the flow run {', '.join(sorted(others))} may be asking the teacher, whose GPUs training needs: wait "
-                "for it or cancel it, or set release_teacher: false"
-            )
-        report("stopping the teacher: training needs its GPUs; the next curation starts it again")
-        serving.stop_server(folder.pid("teacher"))
-    return True
+        _teacher(folder).stop(report, restart=restart)
 
 
 def project_folder() -> Path:
@@ -191,9 +204,14 @@ def project_folder() -> Path:
 def prefect_environment(home: Path, api_url: str) -> dict[str, str]:
     """Returns the environment in which a program speaks to the local server and nothing else.
 
-    Inherited PREFECT_* settings are dropped: they may point to another server or database.
+    Inherited PREFECT_* settings are dropped: they may point to another server or database. What may hold the
+    database's password is dropped too: the server alone gets it.
     """
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    inherited = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PREFECT_") and name not in database.SECRET_VARIABLES
+    }
     folder = _Folder(home)
     # A proxy of the surroundings must not carry calls to this machine.
     no_proxy = ",".join(filter(None, [inherited.get("NO_PROXY") or inherited.get("no_proxy"), "127.0.0.1,localhost"]))
@@ -212,6 +230,10 @@ def prefect_environment(home: Path, api_url: str) -> dict[str, str]:
         "PREFECT_SERVER_UI_V2_ENABLED": "false",
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "2",
+        # Prefect's shortest; `flows.restarts` takes a longer silence for the end of a run.
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        # While its database starts again, the server answers 500, which Prefect's client takes for final by default.
+        "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500,504",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "PYTHONUNBUFFERED": "1",
@@ -221,8 +243,31 @@ def prefect_environment(home: Path, api_url: str) -> dict[str, str]:
 # Prefect's server
 
 
-def _ensure_server(folder: _Folder, report: Report) -> None:
-    """Starts the server unless ours answers. A server that runs without answering is stopped and started anew."""
+def server_environment(chosen: Database, keep: Keep) -> dict[str, str]:
+    """Returns what Prefect's server gets beside the environment of all programs; holds the database's password."""
+    return {
+        **chosen.server_environment(),
+        **keep.server_environment(),
+        # Slots of deployments are leased. In memory, Prefect's default, leases end with the server's process, and a run
+        # that cannot renew its own is ended by its own client: a restart of the server would end all runs.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+    }
+
+
+def _ensure_server(folder: _Folder, chosen: Database, keep: Keep, report: Report) -> None:
+    """Starts the server unless ours answers. One that does not answer, or has another database, is started anew.
+
+    Raises ConfigError: the last server had another database and nothing was said of one, or it cannot be used.
+    """
+    if folder.last_database not in {None, chosen.shown} and not chosen.is_postgres:
+        raise ConfigError(
+            f"the server's state lies in {folder.last_database}: name it again ({database.VARIABLE} or --database), or "
+            f"delete {folder.database_file} to begin with an empty SQLite database"
+        )
+    if processes.recorded_pid(folder.pid("server")) is not None and folder.last_database not in {None, chosen.shown}:
+        report(f"Prefect's server moves from {folder.last_database} to {chosen.shown}, which knows nothing of old runs")
+        _stop_recorded(folder, "worker", report)
+        _stop_recorded(folder, "server", report)
     if processes.recorded_pid(folder.pid("server")) is not None:
         if _wait_for(lambda: _is_healthy(folder.api_url), RUNNING_SERVER_SECONDS, "the running Prefect server", report):
             report(f"Prefect's server runs at {folder.api_url}")
@@ -230,11 +275,13 @@ def _ensure_server(folder: _Folder, report: Report) -> None:
         _stop_recorded(folder, "server", report)
     port = _choose_port(folder, report)
     api_url = _api_url(port)
-    report(f"starting Prefect's server at {api_url}")
-    arguments = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    _start(folder, "server", arguments, api_url=api_url)
+    database.check_database(chosen)
+    report(f"starting Prefect's server at {api_url}, with {chosen.shown}")
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    _start(folder, "server", command, api_url=api_url, more=server_environment(chosen, keep))
     _await_start(folder, "server", lambda: _is_healthy(api_url), START_SECONDS, report)
     write_text(folder.api_url_file, api_url + "\n")
+    write_text(folder.database_file, chosen.shown + "\n")
 
 
 def _choose_port(folder: _Folder, report: Report) -> int:
@@ -293,10 +340,20 @@ def _deploy(folder: _Folder, report: Report) -> None:
         report(f"creating the work pool {POOL}")
         _run_prefect(folder, ["work-pool", "create", POOL, "--type", "process"])
     if pool is None or pool["concurrency_limit"] is None:
-        # One run at a time: curation (its teacher) and training never share a GPU.
-        _call(folder.api_url, "PATCH", f"/work_pools/{POOL}", {"concurrency_limit": 1})
+        # More runs than GPUs would only wait for a lease, each in a process.
+        limit = max(1, GpuHost.here(folder.home).num_gpus)
+        _call(folder.api_url, "PATCH", f"/work_pools/{POOL}", {"concurrency_limit": limit})
+    _ensure_queues(folder)
     report("deploying prefect.yaml")
     _run_prefect(folder, ["deploy", "--all"])
+
+
+def _ensure_queues(folder: _Folder) -> None:
+    """Creates the work queues of the pool, one for each priority, unless they exist; `default` always does."""
+    queues = _call(folder.api_url, "POST", f"/work_pools/{POOL}/queues/filter", {}) or []
+    for priority, name in enumerate(PRIORITIES, start=1):
+        if name not in {queue["name"] for queue in queues}:
+            _call(folder.api_url, "POST", f"/work_pools/{POOL}/queues", {"name": name, "priority": priority})
 
 
 def _run_prefect(folder: _Folder, arguments: list[str]) -> None:
@@ -333,12 +390,9 @@ def _ensure_worker(folder: _Folder, report: Report) -> None:
     _close_lost_runs(folder, report)
     report(f"starting a worker on the pool {POOL}")
     started = datetime.now(UTC)
-    _start(
-        folder,
-        "worker",
-        ["worker", "start", "--pool", POOL, "--type", "process", "--name", WORKER_NAME],
-        api_url=folder.api_url,
-    )
+    command = [sys.executable, "-m", "prefect", "worker", "start"]
+    command += ["--pool", POOL, "--type", "process", "--name", WORKER_NAME]
+    _start(folder, "worker", command, api_url=folder.api_url)
     _await_start(folder, "worker", lambda: _worker_reported_since(folder, started), START_SECONDS, report)
 
 
@@ -368,113 +422,42 @@ def _close_lost_runs(folder: _Folder, report: Report) -> None:
         _call(folder.api_url, "POST", f"/flow_runs/{run['id']}/set_state", {"state": state, "force": True})
 
 
+def _mark_stopped(folder: _Folder, runs: set[str], report: Report) -> None:
+    """Tags flow runs as stopped by a person, so that the watch of the next start leaves them alone."""
+    for run_id in runs:
+        try:
+            run = _call(folder.api_url, "GET", f"/flow_runs/{run_id}")
+            if run is not None:
+                _call(folder.api_url, "PATCH", f"/flow_runs/{run_id}", {"tags": [*run["tags"], STOPPED]})
+        except StackError as error:  # what is to be stopped must stop, whatever the server says
+            report(f"  {error}")
+
+
+def _ensure_watch(folder: _Folder, report: Report) -> None:
+    """Starts what watches the runs, unless ours runs; it waits for the server by itself."""
+    if processes.recorded_pid(folder.pid("watch")) is None:
+        report("starting the watch over runs")
+        _start(folder, "watch", [sys.executable, "-m", "flows.restarts"], api_url=folder.api_url)
+
+
 # The teacher
 
 
-def _ensure_teacher(folder: _Folder, config: RunConfig, report: Report) -> None:
-    """Starts vLLM for the teacher, if the configuration has a `serve` section and nothing serves the model yet.
-
-    Our own server is started anew when its settings or the files of its model have changed since.
-    """
-    endpoint, pid_file, memory = config.teacher, folder.pid("teacher"), folder.root / "teacher.json"
-    if config.serve is None:
-        report(f"the teacher is expected at {endpoint.url}")
-        return
-    serve = _absolute_serve(config.serve, folder.home)
-    wanted = _identity(endpoint, serve)
-    served = _served_models(endpoint)
-    is_ours = serving.running_pid(pid_file) is not None
-    is_current = not is_ours or (memory.exists() and memory.read_text(encoding="utf-8") == wanted)
-    if served is not None and endpoint.model in served and is_current:
-        report(f"the teacher {endpoint.model} answers at {endpoint.url}")
-        return
-    if served is not None and not is_ours:
-        raise ServingError(
-            f"{endpoint.url} is taken by a server of {', '.join(served) or 'no model'}, not of {endpoint.model}: "
-            "stop it, or change teacher.url and serve.port"
-        )
-    if is_ours:
-        report("stopping the teacher: its settings or its model changed" if not is_current else "stopping the teacher")
-    serving.stop_server(pid_file)
-    report(f"starting the teacher {endpoint.model} at {endpoint.url}")
-    with _logged_to(report, "teacher.serving"):
-        serving.start_server(
-            endpoint,
-            serve,
-            log_path=folder.log("teacher"),
-            pid_path=pid_file,
-            detached=True,
-            media_folder=Workspace(folder.home / config.workdir).images,
-        )
-    write_text(memory, wanted)
-
-
-def _absolute_serve(serve: ServeConfig, home: Path) -> ServeConfig:
-    """Returns the section with the project's own model folder and GPU-side Python filled in; hub names stay."""
-    updates: dict[str, str] = {}
-    if serve.model_path and (home / serve.model_path).exists():
-        updates["model_path"] = str(home / serve.model_path)
-    if serve.python is None and "BIMODE_GPU_PYTHON" not in os.environ:
-        updates["python"] = str(home / ".venv-gpu" / "bin" / "python")
-    return serve.model_copy(update=updates)
-
-
-def _identity(endpoint: EndpointConfig, serve: ServeConfig) -> str:
-    """Returns all that decides what a teacher answers: settings, and size and time of each file of its model."""
-    folder = Path(serve.model_path or endpoint.model)
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    stamps = [(path.name, (status := path.stat()).st_size, status.st_mtime_ns) for path in files]
-    settings = {"model": endpoint.model, "revision": endpoint.revision, "serve": serve.model_dump(mode="json")}
-    return json.dumps(settings | {"files": stamps})
-
-
-def _served_models(endpoint: EndpointConfig) -> list[str] | None:
-    """Returns the names of the models that a server on this machine has, or None when nothing answers there."""
-    key = os.environ.get(endpoint.api_key_env)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        reply = httpx.get(f"{endpoint.url.rstrip('/')}/models", headers=headers, timeout=5.0, trust_env=False)
-    except httpx.HTTPError:
-        return None
-    try:
-        return [str(model["id"]) for model in reply.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-class _ReportHandler(logging.Handler):
-    """Hands log lines to whoever watches the start."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__(logging.INFO)
-        self._report = report
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._report(f"  {record.getMessage()}")
-
-
-@contextmanager
-def _logged_to(report: Report, logger_name: str) -> Iterator[None]:
-    logger, handler = logging.getLogger(logger_name), _ReportHandler(report)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
+def _teacher(folder: _Folder) -> StackTeacher:
+    return StackTeacher(folder.home, lambda: prefect_environment(folder.home, folder.api_url))
 
 
 # Processes
 
 
-def _start(folder: _Folder, name: str, arguments: list[str], *, api_url: str) -> None:
-    """Starts a command of Prefect's command line in the background."""
+def _start(
+    folder: _Folder, name: str, command: list[str], *, api_url: str, more: Mapping[str, str] | None = None
+) -> None:
+    """Starts a program that speaks to the local server in the background. more: of its environment."""
     processes.start(
-        [sys.executable, "-m", "prefect", *arguments],
+        command,
         folder=folder.home,
-        environment=prefect_environment(folder.home, api_url),
+        environment={**prefect_environment(folder.home, api_url), **(more or {})},
         log=folder.log(name),
         pid_file=folder.pid(name),
     )

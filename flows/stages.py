@@ -8,6 +8,7 @@ done already under the same digest. Two stages look across shards, `duplicates` 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,12 +24,13 @@ from numpy.typing import NDArray
 from flows.accounting import AskedUsage, merged_costs
 from flows.decontaminating import DECONTAMINATION, Benchmarks, decontaminate
 from flows.labelling import Desk, Label, label_answer, label_difficulty, label_performance, label_reasoning, label_route
-from flows.removing import RemovalPlan, split_rows
+from flows.removals import split_rows
 from flows.runtime import Runtime, open_desk
 from flows.work_rows import Placed, WorkRow, labelled_table, passed_on, unlabelled_table, work_rows
 from flows.workspace import Marker, digest_of
 from judges.panel import num_verdicts_needed
 from schemas.config import EndpointConfig, RunConfig
+from schemas.context import enter_row
 from schemas.errors import QuarantineExceeded
 from schemas.fates import Fate, fates_to_table
 from schemas.samples import Kind, samples_to_table
@@ -38,6 +40,8 @@ from sources import Unit, read_unit
 from teacher.journal import Journal
 
 _Result = TypeVar("_Result")
+_rows_log = logging.getLogger("bimode.rows")
+"""Which row left, and why; only structured logs have it."""
 
 RECIPE_VERSION = 3
 """Raised when the meaning of a stage's code changes, so that stored shards are made again (replies stay valid)."""
@@ -98,6 +102,11 @@ class Progress:
         with self._lock:
             self.num_done += num_rows
             self.num_skipped += num_rows
+
+    def show(self, *, num_done: int, num_skipped: int) -> None:
+        """Takes over what workers elsewhere have counted."""
+        with self._lock:
+            self.num_done, self.num_skipped = num_done, num_skipped
 
     @property
     def percent(self) -> float:
@@ -193,22 +202,17 @@ def remove_leaks(runtime: Runtime, benchmarks: Benchmarks, before: Marker, progr
     return marker
 
 
-def remove_duplicates(runtime: Runtime, before: Marker, plan: RemovalPlan, digest: str, progress: Progress) -> Marker:
-    """Applies the plan of `removing.plan_duplicates` to one shard."""
-    rows = unlabelled_table(runtime.workspace.read_rows(before.stage, before.shard))
-    return _remove_rows(runtime, DUPLICATES, before, rows, plan, digest, progress)
-
-
-def remove_traces(runtime: Runtime, before: Marker, plan: RemovalPlan, digest: str, progress: Progress) -> Marker:
-    """Applies the plan of `removing.plan_traces` to one shard."""
-    rows = runtime.workspace.read_rows(before.stage, before.shard)
-    return _remove_rows(runtime, TRACES, before, rows, plan, digest, progress)
-
-
-def _remove_rows(
-    runtime: Runtime, stage: str, before: Marker, rows: pa.Table, plan: RemovalPlan, digest: str, progress: Progress
+def remove_planned(
+    runtime: Runtime, stage: str, before: Marker, removals: pa.Table | None, digest: str, progress: Progress
 ) -> Marker:
-    kept, fates = split_rows(rows, plan.get(before.shard), stage)
+    """Removes the rows of one shard that a comparison across shards found, see `flows.removals`.
+
+    stage: DUPLICATES or TRACES. removals: of this shard, with `REMOVAL_SCHEMA`; None if no row goes.
+    """
+    rows = runtime.workspace.read_rows(before.stage, before.shard)
+    if stage == DUPLICATES:
+        rows = unlabelled_table(rows)
+    kept, fates = split_rows(rows, removals, stage)
     marker = runtime.workspace.finish_shard(
         stage, before.shard, digest=digest, num_in=rows.num_rows, rows=kept, fates=fates
     )
@@ -273,7 +277,10 @@ async def label_rows(
     label, source = LABELLING[stage], source_of(rows)
 
     async def label_one(row: WorkRow, desk: Desk) -> WorkRow | Fate:
+        enter_row(row.sample.id)
         result = await label(row, desk)
+        if isinstance(result, Fate):
+            _rows_log.info("the row leaves", extra={"exit": str(result.exit), "reason": result.reason})
         advance(1)
         return result
 

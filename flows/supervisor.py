@@ -96,7 +96,7 @@ def _stop(program: subprocess.Popen[bytes], mark: str, seconds: float) -> int:
     return 0 if program.returncode == 0 else Interrupted.exit_code
 
 
-def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> bool:
+def end_marked(mark: str, seconds: float, *, asked: Collection[int] = (), variable: str = MARK) -> bool:
     """Ends all processes that carry a mark, but for this one, and returns whether any had to be killed.
 
     Only processes whose parent is not marked are asked (SIGTERM), each once: a program decides by itself how its own
@@ -105,7 +105,7 @@ def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> boo
     Raises StackError: if a process survives SIGKILL.
     """
     done, deadline = set(asked), time.monotonic() + seconds
-    while members := set(processes.marked_with(MARK, mark)):
+    while members := set(processes.marked_with(variable, mark)):
         for pid in members - done:
             if processes.parent(pid) not in members:
                 done.add(pid)
@@ -117,9 +117,9 @@ def end_marked(mark: str, seconds: float, *, asked: Collection[int] = ()) -> boo
     if not members:
         return False
     deadline = time.monotonic() + KILL_SECONDS
-    while members := set(processes.marked_with(MARK, mark)):
+    while members := set(processes.marked_with(variable, mark)):
         if time.monotonic() > deadline:
-            raise StackError(f"processes {sorted(members)} of the training in {mark} survived SIGKILL")
+            raise StackError(f"processes {sorted(members)} of {variable}={mark} survived SIGKILL")
         for pid in members:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,8 @@ from prefect.tasks import Task
 from corpus.places import is_address
 from corpus.storage import append_json_line, storage_errors
 from corpus.versions import verify_version
-from flows import stack
+from flows.gpu_lease import Lease
+from flows.training_gpus import fit, leased_gpus
 from flows.training_plan import (
     Step,
     TrainingPlan,
@@ -108,10 +110,9 @@ def train(
             waiting = [step for step in plan.selected if step.result() is None]
             for step in waiting if len(waiting) > 1 else []:  # a wrong setting of the last shows now, not hours later
                 check_settings(step, plan)
-            if settings.release_teacher:
-                stack.release_teacher(logger.info)
-        for step in plan.selected:
-            _run_step(step, plan)
+        with leased_gpus(plan, flow_run.get_name() or "train", logger.info) as gpus:
+            for step in plan.selected:
+                _run_step(step, plan, gpus)
     except Interrupted as error:
         logger.warning("%s", error)
         return Cancelled(name=INTERRUPTED, message=str(error))
@@ -180,7 +181,7 @@ def _ask(plan: TrainingPlan) -> str | None:
     return f"training on version {manifest.version} was refused" + (f": {answer.note}" if answer.note else "")
 
 
-def _run_step(step: Step, plan: TrainingPlan) -> None:
+def _run_step(step: Step, plan: TrainingPlan, gpus: Lease | None) -> None:
     """Runs one program as a task of its own, unless it has finished before.
 
     Raises Interrupted: it was stopped and can go on. Another BimodeError: it failed, for good or too often.
@@ -189,6 +190,8 @@ def _run_step(step: Step, plan: TrainingPlan) -> None:
         get_run_logger().info("%s has finished before: %s", step.program, step.folder)
         return
     config = plan.config
+    if gpus is not None:
+        fit(gpus, step, plan)
 
     # The task closes over its work, so that Prefect neither stores nor validates it.
     @task(
@@ -202,7 +205,7 @@ def _run_step(step: Step, plan: TrainingPlan) -> None:
     )
     def run() -> Any:
         try:
-            _run_program(step, plan)
+            _run_program(step, plan, gpus)
         except Interrupted as error:
             return Cancelled(name=INTERRUPTED, message=str(error))
         return None
@@ -219,9 +222,12 @@ def _is_crash(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(state.result(raise_on_failure=False), ProgramCrashed)
 
 
-def _run_program(step: Step, plan: TrainingPlan) -> None:
+def _run_program(step: Step, plan: TrainingPlan, gpus: Lease | None) -> None:
     logger = get_run_logger()
     program = program_of(step, plan)
+    if gpus is not None:
+        environment = {**program.environment, **gpus.grant.environment}
+        program = replace(program, environment=environment, held=gpus.grant.descriptors)
     view = ProgramView(program, logger)
     run_supervised(program, watch=view.update, report=logger.info)
     view.finish()

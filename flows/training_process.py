@@ -54,7 +54,8 @@ class Program:
     """One training program, ready to start.
 
     command: the argument list. folder: what it writes to. cwd: where relative paths of its configuration begin.
-    stop_seconds: time for a checkpoint when it is stopped.
+    stop_seconds: time for a checkpoint when it is stopped. held: open files that are held for as long as it runs, such
+    as the leases of its GPUs.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Program:
     cwd: Path
     environment: Mapping[str, str]
     stop_seconds: float
+    held: tuple[int, ...] = ()
 
     @property
     def log(self) -> Path:
@@ -194,7 +196,7 @@ def _start_supervisor(program: Program, lock: int) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
+            pass_fds=(lock, *program.held),
             start_new_session=True,
         )
 

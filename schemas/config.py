@@ -78,7 +78,11 @@ class EndpointConfig(_Section):
         None, description="File with further addresses, one a line; looked at again every few seconds during a run."
     )
     revision: str = Field("", description="Revision of the weights; part of the key of every stored reply.")
-    api_key_env: str = Field("BIMODE_API_KEY", description="Environment variable that holds the key, if one is needed.")
+    api_key_env: str = Field(
+        "BIMODE_API_KEY",
+        description="Name of the environment variable that holds the key, if one is needed.",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+    )
     extra_body: dict[str, Any] = Field(
         default_factory=dict, description="Sent with every call, e.g. {chat_template_kwargs: {thinking_mode: short}}."
     )
@@ -337,6 +341,21 @@ class PricesConfig(ModelPrices):
         return any(p.prompt or p.cached_prompt or p.completion or p.gpu_hour for p in listed)
 
 
+class RayConfig(_Section):
+    """A Ray cluster that does the work of the shards. Every node sees the work folder and the sources."""
+
+    address: str = Field(
+        "auto",
+        description="`auto`: the cluster that this machine is part of (`ray start`); HOST:PORT: that of this head "
+        "node; `local`: one that is started on this machine and ends with the run.",
+        pattern=r"^(auto|local|[^/:\s]+:\d+)$",
+    )
+    cpus_per_task: Positive | None = Field(
+        None, description="Processors that a task reserves on its node; by default as many as `parallel_shards`."
+    )
+    max_retries: int = Field(3, ge=0, description="Times that a task is done again whose worker or node was lost.")
+
+
 class RunConfig(_Section):
     """Everything one curation needs."""
 
@@ -346,7 +365,7 @@ class RunConfig(_Section):
     )
     seed: int = Field(0, description="Seed of everything drawn at random.")
     shard_rows: Positive = Field(1000, description="Rows per shard of work.")
-    parallel_shards: Positive = Field(2, description="Shards of one stage in work at once.")
+    parallel_shards: Positive = Field(2, description="Shards of one stage in work at once in one process.")
     max_quarantine_share: Share = Field(0.1, description="Stop when more than this share of all rows is quarantined.")
     sources: list[SourceConfig] = Field(description="The raw data.", min_length=1)
     images: ImageLimits = Field(default_factory=ImageLimits)
@@ -363,6 +382,18 @@ class RunConfig(_Section):
     direct: DirectConfig = Field(default_factory=DirectConfig)
     corpus: CorpusConfig = Field(default_factory=CorpusConfig)
     prices: PricesConfig = Field(default_factory=PricesConfig)
+    ray: RayConfig | None = Field(
+        None, description="Do the work of the shards on a Ray cluster; by default, threads of the flow's process do."
+    )
+
+    @model_validator(mode="after")
+    def _workers_reach_the_teacher(self) -> RunConfig:
+        if self.ray is not None and self.serve is not None:
+            raise ValueError(
+                "serve starts vLLM beside the flow, where the workers of a Ray cluster would not find it: start the "
+                "teachers by themselves, name them in teacher.url and teacher.more_urls, and leave serve out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _source_names_are_unique(self) -> RunConfig:
@@ -411,7 +442,7 @@ def parse_config(raw: dict[str, Any], *, origin: str = "configuration") -> RunCo
     try:
         return RunConfig.model_validate(_expand_environment(raw))
     except ValidationError as error:
-        raise wrong_settings(origin, error) from error
+        raise wrong_settings(origin, error, raw) from None  # pydantic's own message shows every value
 
 
 def _expand_environment(value: Any) -> Any:

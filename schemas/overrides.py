@@ -46,7 +46,7 @@ def parse_overrides(raw: Mapping[str, Any]) -> Overrides:
     try:
         return RunOverrides.model_validate(raw)
     except ValidationError as error:
-        raise wrong_settings("overrides", error) from error
+        raise wrong_settings("overrides", error) from None  # its own message shows values
 
 
 def overridden(config: RunConfig, overrides: Overrides) -> RunConfig:
@@ -60,7 +60,7 @@ def overridden(config: RunConfig, overrides: Overrides) -> RunConfig:
     try:
         return RunConfig.model_validate(_merged(config.model_dump(), given))
     except ValidationError as error:
-        raise wrong_settings(f"the configuration with {', '.join(described(given))}", error) from error
+        raise wrong_settings(f"the configuration with {', '.join(described(given))}", error) from None
 
 
 def described(given: Mapping[str, Any], before: str = "") -> Iterator[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
@@ -114,18 +115,55 @@ def request_key(request: TeacherRequest, identity: ModelIdentity) -> str:
 
     sample_id and purpose are left out on purpose: two judges that ask the very same thing share the reply.
     """
-    # Not by dataclasses.asdict, which copies deeply and takes longer than all the rest.
-    shaped_by = {
-        "model": identity.model,
-        "revision": identity.revision,
-        "extra_body": identity.extra_body,
-        "messages": [{name: getattr(message, name) for name in _MESSAGE_FIELDS} for message in request.messages],
-        "sampling": {name: getattr(request.sampling, name) for name in _SAMPLING_FIELDS},
-        "seed": request.seed,
-        "index": request.index,
-        "choices": request.choices,
+    extra_body = _canonical_json(identity.extra_body)
+    sampling = _sampling_json(*(getattr(request.sampling, name) for name in _SAMPLING_FIELDS))
+    before_index, before_seed, after_seed = _rendered_question(
+        request.messages, sampling, request.choices, identity.model, identity.revision, extra_body
+    )
+    content = b"%b%d%b%d%b" % (before_index, request.index, before_seed, request.seed, after_seed)
+    return hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _rendered_question(
+    messages: tuple[Message, ...],
+    sampling: str,
+    choices: tuple[str, ...],
+    model: str,
+    revision: str,
+    extra_body: str,
+) -> tuple[bytes, bytes, bytes]:
+    """Returns the canonical JSON of a request but for index and seed, cut where these stand.
+
+    Kept, because the samples of a question differ in nothing else, and each is looked up several times.
+    """
+    rendered = {
+        "choices": _canonical_json(choices),
+        "extra_body": extra_body,
+        "index": None,
+        # Not by dataclasses.asdict, which copies deeply and takes longer than all the rest.
+        "messages": _canonical_json([{name: getattr(item, name) for name in _MESSAGE_FIELDS} for item in messages]),
+        "model": _canonical_json(model),
+        "revision": _canonical_json(revision),
+        "sampling": sampling,
+        "seed": None,
     }
-    return hashlib.sha256(_canonical_json(shaped_by).encode("utf-8", "surrogatepass")).hexdigest()
+    pieces = ["{"]
+    for place, (name, value) in enumerate(rendered.items()):
+        pieces[-1] += f'{"," if place else ""}"{name}":'
+        if value is None:
+            pieces.append("")
+        else:
+            pieces[-1] += value
+    pieces[-1] += "}"
+    before_index, before_seed, after_seed = (piece.encode("utf-8", "surrogatepass") for piece in pieces)
+    return before_index, before_seed, after_seed
+
+
+@lru_cache(maxsize=64, typed=True)
+def _sampling_json(*values: float) -> str:
+    """Returns sampling parameters as JSON; 1 and 1.0, which are equal, are rendered each in its way."""
+    return _canonical_json(dict(zip(_SAMPLING_FIELDS, values, strict=True)))
 
 
 _MESSAGE_FIELDS = tuple(field.name for field in fields(Message))

@@ -64,7 +64,10 @@ class TrainingConfig(_Section):
     evaluate: Settings | None = Field(None, description="Settings of `python -m training.evaluate`.")
     launch: LaunchConfig = Field(default_factory=LaunchConfig)
     trigger: TriggerConfig = Field(default_factory=TriggerConfig)
-    release_teacher: bool = Field(True, description="Stop the teacher that `bimode up` started before training.")
+    release_teacher: bool = Field(
+        True, description="Stop the teacher that `bimode up` started, where training needs its GPUs and no run asks it."
+    )
+    restart_teacher: bool = Field(True, description="Start that teacher again when nobody else waits for its GPUs.")
     stop_seconds: float = Field(300.0, gt=0, description="Time for a checkpoint when a run is cancelled.")
     retries: int = Field(1, ge=0, description="How often a crashed program is started again, from its checkpoint.")
     retry_delay_seconds: float = Field(10.0, ge=0, description="Wait before that.")
@@ -106,4 +109,4 @@ def load_training_config(path: str | Path) -> TrainingConfig:
     try:
         return TrainingConfig.model_validate(read_yaml(path, "the training configuration "))
     except ValidationError as error:
-        raise wrong_settings(path, error) from error
+        raise wrong_settings(path, error) from None  # its own message shows values

@@ -26,6 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 from schemas.config import EndpointConfig
+from schemas.context import outside_shards
 from schemas.errors import BimodeError, TeacherMisconfigured, TeacherUnreachable
 from teacher.admission import Window
 from teacher.engine_load import EngineLoad, parse_load
@@ -260,7 +261,8 @@ class Addresses:
             except BimodeError as error:
                 self.fail(error)
 
-        task = asyncio.create_task(run())
+        # It outlives the row that happens to begin it, and must not log in its name.
+        task = asyncio.create_task(run(), context=outside_shards())
         self._tasks.add(task)
         task.add_done_callback(self._ended)
 

@@ -14,14 +14,18 @@ import random
 import re
 import time
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 from urllib.parse import quote
 
+from opentelemetry.trace import Span
+
 from schemas.config import EndpointConfig
 from schemas.errors import RowError, TeacherMisconfigured
 from schemas.requests import CallFailure, Message, Reply, Sampling, TeacherRequest
+from teacher import metrics, tracing
 from teacher.endpoints import Address, Addresses, Revive, State, Wish, is_served
 from teacher.failures import (
     BAD_REPLY,
@@ -37,6 +41,8 @@ from teacher.transport import ReplyTooLong
 from teacher.wire import OPTIONAL_FIELDS, BadReply, parse_replies, render_body, served_models
 
 _log = logging.getLogger(__name__)
+_calls_log = logging.getLogger("bimode.calls")
+"""What befell single calls. Structured logs have it, with the row that asked; a run's text log does not."""
 
 NUM_HOPELESS_CALLS = 20
 """So many calls refused without one success mean that the set-up is wrong, not the rows."""
@@ -65,11 +71,16 @@ class Answer:
 
 @dataclass(slots=True)
 class _Call:
-    """A call on its way. num_spent: retries used up; num_deaths: engines that died while it was there."""
+    """A call on its way. num_spent: retries used up; num_deaths: engines that died while it was there.
+
+    span: of its trace, for the few calls that have one; trace_headers: what tells the server of it.
+    """
 
     request: TeacherRequest
     num_choices: int
     wish: Wish
+    span: Span | None = None
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
     num_attempts: int = 0
     num_spent: int = 0
     num_deaths: int = 0
@@ -127,6 +138,16 @@ class EndpointGroup:
         """
         images = [sha256 for message in request.messages for sha256 in message.images]
         call = _Call(request, num_choices, Wish(images[0] if images else request.sample_id, num_choices))
+        if not tracing.is_traced():
+            return await self._see_through(call)
+        with tracing.call_span(request, self.endpoint.model, num_choices) as call.span:
+            call.trace_headers = tracing.trace_headers()
+            answer = await self._see_through(call)
+            tracing.note_answer(call.span, answer.outcome, answer.num_attempts)
+            return answer
+
+    async def _see_through(self, call: _Call) -> Answer:
+        """Makes attempts until the call has its answer. Raises as `call` does."""
         while True:
             address = await self.addresses.acquire(call.wish)
             generation, without, were_named = address.generation, self._unknown_fields, self.images.are_named
@@ -138,6 +159,7 @@ class EndpointGroup:
                     await self.addresses.confirm(address)
             finally:
                 self.addresses.release(address, call.wish)
+            _note_attempt(call, address, outcome)
             if isinstance(outcome, CallFailure):
                 return Answer(outcome, call.num_attempts)
             if not isinstance(outcome, Trouble):
@@ -146,11 +168,11 @@ class EndpointGroup:
                 if call.num_attempts > 1:
                     outcome = [replace(reply, num_attempts=call.num_attempts) for reply in outcome]
                 return Answer(outcome, call.num_attempts)
-            if self._learn(address, outcome, without, were_named=were_named):
-                continue
-            failure = await self._after(outcome, call, address, generation)
-            if failure is not None:
-                return Answer(failure, call.num_attempts)
+            if not self._learn(address, outcome, without, were_named=were_named):
+                failure = await self._after(outcome, call, address, generation)
+                if failure is not None:
+                    return Answer(failure, call.num_attempts)
+            metrics.RETRIES.labels(address.url, outcome.handling.reason).inc()
 
     async def check(self) -> None:
         """Asks what the addresses serve, before any row is asked; waits for one that is just starting.
@@ -345,7 +367,25 @@ def _headers(call: _Call, address: Address) -> dict[str, str]:
     headers = {"X-Bimode-Purpose": quote(request.purpose, safe=" "), "X-Bimode-Sample-Index": str(request.index)}
     if address.load is not None and address.load.num_engines > 1:
         headers["X-data-parallel-rank"] = str(zlib.crc32(call.wish.affinity.encode()) % address.load.num_engines)
+    headers.update(call.trace_headers)
     return headers
+
+
+def _note_attempt(call: _Call, address: Address, outcome: list[Reply] | CallFailure | Trouble) -> None:
+    """Counts an attempt, by what became of it. One whose own image could not be sent was none."""
+    if isinstance(outcome, CallFailure):
+        return
+    purpose = call.request.purpose
+    if not isinstance(outcome, Trouble):
+        metrics.note_answered(address.url, purpose, outcome[0].seconds)
+        return
+    reason = outcome.handling.reason
+    metrics.ATTEMPTS.labels(address.url, purpose, reason).inc()
+    if _calls_log.isEnabledFor(logging.INFO):
+        known = {"purpose": purpose, "endpoint": address.url, "attempt": call.num_attempts, "reason": reason}
+        _calls_log.info("an attempt failed: %.300s", outcome.detail, extra=known)
+    if call.span is not None:
+        tracing.note_trouble(call.span, address.url, reason, outcome.status)
 
 
 _to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from schemas.errors import StorageError
 from schemas.requests import Reply, TeacherRequest
-from teacher import frames
+from teacher import frames, metrics
 from teacher.attempts import (
     HEADER,
     Part,
@@ -358,9 +358,10 @@ class Journal:
         """
         check_newest(self.folder, attempt.number)
         try:
-            write_all(attempt.file, content, attempt.end)
-            reach("journal-before-fsync")
-            os.fsync(attempt.file)
+            with metrics.JOURNAL_SYNC_SECONDS.time():
+                write_all(attempt.file, content, attempt.end)
+                reach("journal-before-fsync")
+                os.fsync(attempt.file)
         except OSError as error:
             self._cut_back(attempt)
             raise StorageError(
@@ -369,6 +370,7 @@ class Journal:
             ) from error
         reach("journal-after-fsync")
         check_newest(self.folder, attempt.number)
+        metrics.JOURNAL_BYTES.inc(len(content))
         attempt.end = end
 
     def _cut_back(self, attempt: _OwnAttempt) -> None:

@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -31,16 +31,20 @@ from urllib.parse import urlsplit
 from schemas.config import EndpointConfig, ServeConfig
 from schemas.errors import ServingError
 from teacher import launcher
-from teacher.parallelism import Parallelism, choose_parallelism, find_gpus
+from teacher.engine_load import parse_load
+from teacher.parallelism import Gpu, Parallelism, choose_parallelism, find_gpus
 from teacher.vllm_command import HOST, PYTHON_VARIABLE, VllmBuild, find_build, server_command
 from teacher.weights import cached_folder, model_facts, model_folder
 
 __all__ = [
     "PYTHON_VARIABLE",
+    "Grant",
     "ServerHandle",
     "ServerStart",
     "cpu_python_path",
     "is_answering",
+    "num_gpus_wanted",
+    "num_in_flight",
     "revive",
     "running_pid",
     "server_environment",
@@ -72,16 +76,33 @@ _reviving = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
+class Grant:
+    """GPUs that a program was given, and what holds them.
+
+    environment: variables that make it see these GPUs alone. descriptors: open files whose locks say that the GPUs are
+    taken; the program's launcher holds them as well, so that they are taken for as long as it lives.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    descriptors: tuple[int, ...] = ()
+
+
+_NO_GRANT = Grant()
+
+
+@dataclass(frozen=True, slots=True)
 class ServerStart:
     """All that decides how a server is started, kept so that it can be started again.
 
-    media_folder: the images that calls may name by address. detached: it outlives the process that started it.
+    media_folder: the images that calls may name by address. detached: it outlives the process that started it. grant:
+    the GPUs it may use; all that are visible where it says nothing of them.
     """
 
     endpoint: EndpointConfig
     serve: ServeConfig
     media_folder: Path | None = None
     detached: bool = False
+    grant: Grant = _NO_GRANT
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,18 +145,38 @@ def start_server(
     pid_path: Path,
     detached: bool = False,
     media_folder: Path | None = None,
+    grant: Grant = _NO_GRANT,
 ) -> ServerHandle:
     """Starts vLLM and returns when it has answered a real request; returns the running one if it is the same.
 
     The server gets the name `endpoint.model` and the address 127.0.0.1:`serve.port`, with which `endpoint.url` must
     agree. Its output goes to log_path; an older log is kept beside it (see `_put_log_away`). detached: it outlives
     this process; otherwise it ends with it, however this process ends. media_folder: where the server may read images
-    that calls name by address.
+    that calls name by address. grant: the GPUs it may use, and what holds them.
 
     Raises ServingError: if it cannot be started, ends, or does not answer in `start_timeout_seconds`; the message
     quotes the end of the log, and nothing is left running.
     """
-    return _start(ServerStart(endpoint, serve, media_folder, detached), log_path, pid_path)
+    return _start(ServerStart(endpoint, serve, media_folder, detached, grant), log_path, pid_path)
+
+
+def num_gpus_wanted(endpoint: EndpointConfig, serve: ServeConfig) -> int:
+    """Returns how many of the visible GPUs a server would take; 0 for a build without GPUs. Raises ServingError."""
+    build = find_build(_python(serve))
+    if build.is_cpu:
+        return 0
+    parallelism = _parallelism(build, ServerStart(endpoint, serve))
+    return parallelism.tensor * parallelism.data
+
+
+def num_in_flight(url: str) -> int:
+    """Returns how many sequences a vLLM server computes or queues now; 0 when it does not say. url: ending in /v1."""
+    try:
+        text = _request(EndpointConfig(model="", url=url), f"{url.removesuffix('/v1')}/metrics", timeout_seconds=5.0)
+    except (OSError, ValueError):
+        return 0
+    load = parse_load(text)
+    return 0 if load is None else load.num_running + load.num_waiting
 
 
 def revive(handle: ServerHandle) -> ServerHandle:
@@ -163,7 +204,7 @@ def _start(start: ServerStart, log_path: Path, pid_path: Path, note: str | None 
     endpoint, serve = start.endpoint, start.serve
     _check_address(endpoint, serve)
     _make_media_folder(start.media_folder)
-    python = serve.python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+    python = _python(serve)
     build = find_build(python)
     parallelism = _parallelism(build, start)
     command = server_command(
@@ -183,7 +224,8 @@ def _start(start: ServerStart, log_path: Path, pid_path: Path, note: str | None 
     _end(pid_path, recorded)
     _check_port(serve.port)
     _begin_log(log_path, command, serve, note)
-    process = _launch(command, server_environment(build, serve, endpoint), start, log_path=log_path, pid_path=pid_path)
+    environment = {**server_environment(build, serve, endpoint), **start.grant.environment}
+    process = _launch(command, environment, start, log_path=log_path, pid_path=pid_path)
     record = _PidFile(process.pid, _start_time(process.pid), command)
     try:
         _write_pid_file(pid_path, record)
@@ -195,10 +237,19 @@ def _start(start: ServerStart, log_path: Path, pid_path: Path, note: str | None 
     return handle(process.pid)
 
 
+def _python(serve: ServeConfig) -> str:
+    return serve.python or os.environ.get(PYTHON_VARIABLE) or sys.executable
+
+
 def _parallelism(build: VllmBuild, start: ServerStart) -> Parallelism:
     model = start.serve.model_path or start.endpoint.model
     folder = model_folder(model) or cached_folder(model, start.endpoint.revision)
-    return choose_parallelism([] if build.is_cpu else find_gpus(), model_facts(folder), start.serve)
+    return choose_parallelism([] if build.is_cpu else _granted_gpus(start.grant), model_facts(folder), start.serve)
+
+
+def _granted_gpus(grant: Grant) -> list[Gpu]:
+    granted = grant.environment.get("CUDA_VISIBLE_DEVICES")
+    return [gpu for gpu in find_gpus() if granted is None or gpu.index in granted.split(",")]
 
 
 def _comes_back(recorded: _PidFile, start: ServerStart) -> bool:
@@ -378,6 +429,7 @@ def _launch(
             stdout=log,
             stderr=subprocess.STDOUT,
             env={**environment, launcher.MARK: _mark(pid_path)},
+            pass_fds=start.grant.descriptors,
             start_new_session=True,
         )
     _children[process.pid] = process

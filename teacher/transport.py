@@ -27,6 +27,11 @@ _CONNECT_SECONDS = 10.0
 _KEEPALIVE_SECONDS = 4.0
 """vLLM's server closes idle connections after 5 s; reusing one at that very moment would cost a retry."""
 
+NO_KEY = "none"
+"""Sent where no key is set: servers that want none take any."""
+_SHORTEST_KEY = 8
+"""Characters; shorter keys are placeholders, and may stand in any message as a word."""
+
 STATUS_ERRORS: Mapping[int, type[openai.APIStatusError]] = {
     400: openai.BadRequestError,
     401: openai.AuthenticationError,
@@ -94,11 +99,16 @@ class Transport:
                 body = await _read(response)
                 if 200 <= response.status < 300:
                     return body
-                raise _status_error(method, url, response, body)
+                raise _status_error(method, url, response, self._without_key(body))
         except aiohttp.ConnectionTimeoutError:
             pass
         # Raised here, so that it has no cause: aiohttp's is a TimeoutError, as if an answer had taken too long.
         raise httpx2.ConnectTimeout(f"no connection within {_CONNECT_SECONDS:g} s")
+
+    def _without_key(self, body: bytes) -> bytes:
+        """Returns what a server says of a failure without our key, which some repeat: it goes into logs and fates."""
+        key = self._headers["Authorization"].removeprefix("Bearer ")
+        return body.replace(key.encode(), b"[the key]") if len(key) >= _SHORTEST_KEY else body
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -149,7 +159,7 @@ def _proxy_of(address: SplitResult) -> str | None:
 
 
 def _api_key(variable: str) -> str:
-    key = os.environ.get(variable, "").strip() or "none"
+    key = os.environ.get(variable, "").strip() or NO_KEY
     if not key.isascii() or not key.isprintable():
         raise TeacherMisconfigured(f"the environment variable {variable} holds characters that no API key has")
     return key

@@ -60,7 +60,7 @@ def test_makefile_and_dockerfile_build_from_the_locks_that_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     existing = {lock.name for lock in LOCKS}
-    assert locks_named_in(dockerfile) == {"pipeline.txt", "gpu-cuda.txt"}
+    assert locks_named_in(dockerfile) == {"pipeline.txt", "cluster.txt", "gpu-cuda.txt"}
     # The Makefile puts the name of the GPU lock together: gpu-cuda or gpu-cpu.
     named = locks_named_in(makefile) | {f"{name}.txt" for name in re.findall(r"\bgpu-c\w+", makefile)}
     assert named == existing
@@ -75,7 +75,7 @@ def test_the_image_holds_every_package_of_the_project_and_runs_as_no_root() -> N
     assert top_level <= allowed
     stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     assert len(stages) == 2
-    assert all(re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "bimode" for stage in stages)
+    assert all(re.findall(r"^USER (\w+)$", stage, re.MULTILINE)[-1] == "10001" for stage in stages)
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")

@@ -52,7 +52,7 @@ def load_program_config(path: Path, config_type: type[ConfigT]) -> ConfigT:
     try:
         return config_type.model_validate(read_yaml(path))
     except ValidationError as error:
-        raise wrong_settings(path, error) from error
+        raise wrong_settings(path, error) from None  # its own message shows values
 
 
 FREE_SETTINGS = frozenset({"output", "log_steps", "save_steps"})

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from flows.commands.options import JsonOption, examples, print_json, user_errors
+from flows.commands.prefect_server import ApiUrlOption, prefect_server
 from schemas.errors import ConfigError
-
-if TYPE_CHECKING:
-    from prefect.client.orchestration import SyncPrefectClient
 
 EXAMPLES = examples(
     "bimode notify",
@@ -33,16 +29,14 @@ def notify(
     ] = None,
     nights: Annotated[int, typer.Option(min=1, help="Nights without a new version, after which `quiet` is sent.")] = 3,
     remove: Annotated[bool, typer.Option("--remove", help="Remove the notifications from the server.")] = False,
-    api_url: Annotated[
-        str | None,
-        typer.Option(help="Address of the Prefect server; PREFECT_API_URL or the server of `bimode up` by default."),
-    ] = None,
+    api_url: ApiUrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Set up notifications on the Prefect server, as automations that can be changed or switched off in its UI.
 
-    failed: a run failed or crashed. quarantine: too many rows could not be used. quiet: no new version for some nights.
-    created: a new version. approval: a training waits for a person. Without --block or --remove, list them.
+    failed: a run failed or crashed. restarted: one that crashed was started again. quarantine: too many rows could not
+    be used. quiet: no new version for some nights. created: a new version. approval: a training waits for a person.
+    Without --block or --remove, list them.
     """
     from flows import automations  # noqa: PLC0415 - Prefect takes seconds to import
 
@@ -55,7 +49,7 @@ def notify(
             if unknown := sorted(set(only) - set(known)):
                 raise ConfigError(f"--only {unknown[0]!r} is none of {', '.join(known)}")
             wanted = [template for template in wanted if template.name in only]
-        with _server(api_url) as client:
+        with prefect_server(api_url) as client:
             if block is not None:
                 automations.apply(client, wanted, automations.find_block(client, block))
             if remove:
@@ -66,29 +60,3 @@ def notify(
             return
         for template in wanted:
             print(f"{template.name:<11} {states[template.name]:<7} {template.description}")
-
-
-@contextmanager
-def _server(api_url: str | None) -> Iterator[SyncPrefectClient]:
-    """Yields a client of the Prefect server. Raises ConfigError: none is known. StackError: it does not answer."""
-    import httpx  # noqa: PLC0415
-    from prefect.client.orchestration import get_client  # noqa: PLC0415
-    from prefect.exceptions import PrefectHTTPStatusError  # noqa: PLC0415
-    from prefect.settings import PREFECT_API_URL, temporary_settings  # noqa: PLC0415
-
-    from flows import stack  # noqa: PLC0415
-    from flows.processes import StackError  # noqa: PLC0415
-
-    status = stack.status()
-    url = api_url or PREFECT_API_URL.value() or (status.api_url if status.server_pid is not None else None)
-    if url is None:
-        raise ConfigError(
-            "no Prefect server is known: start one with `bimode up`, set PREFECT_API_URL or use --api-url"
-        )
-    try:
-        with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-            yield client
-    except PrefectHTTPStatusError as error:
-        raise StackError(f"the Prefect server at {url} refused: {error.response.text[:500]}") from error
-    except httpx.HTTPError as error:
-        raise StackError(f"the Prefect server at {url} does not answer: {error}") from error

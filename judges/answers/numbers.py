@@ -129,6 +129,7 @@ _INDIAN = r"\d{1,2}(?:,\d{2}){1,8},\d{3}(?!\d)(?:\.\d{1,60})?"
 _EUROPEAN = (
     r"\d{1,3}(?:\.\d{3}){1,30},\d{1,60}(?!\d)|\d{1,3}(?:\.\d{3}){2,30}(?![\d.])|\d{1,60},(?:\d{1,2}|\d{4,60})(?![\d,])"
 )
+_EUROPEAN_ALONE, _GROUPED_ALONE = re.compile(_EUROPEAN), re.compile(f"{_GROUPED}|{_INDIAN}")
 _DECIMAL = rf"{_INT}\.\d{{1,{_MAX_DIGITS}}}|{_INT}\.(?![\d\w])|\.\d{{1,{_MAX_DIGITS}}}|{_INT}"
 _BRACE_NUMBER = r"(?:\{\s*([+-]?\d{1,40}(?:\.\d{1,40})?)\s*\}|(\d))"
 _QUANTITY = re.compile(
@@ -244,14 +245,19 @@ def _value_of(match: re.Match[str]) -> Fraction | None:
     if groups("num"):
         return _ratio(groups("num"), groups("den"), None)
     value = _plain_value(groups("plain"))
-    power = (groups("power") or groups("exponent") or "0").replace(" ", "")
+    power = (groups("power") or groups("exponent") or "").replace(" ", "")
+    if not power:
+        return value
     return value * Fraction(10) ** int(power) if abs(int(power)) <= _MAX_EXPONENT else None
 
 
 def _plain_value(digits: str) -> Fraction:
     """Returns the value of digits with separators; see the module's docstring for what they mean."""
+    whole, point, part = digits.partition(".")
+    if whole.isdecimal() and (part.isdecimal() or not point):  # most numbers: no separator could mean anything else
+        return Fraction(int(whole + part), 10 ** len(part))
     digits = digits.replace("{,}", ",").replace("\\,", ",")
-    if re.fullmatch(_EUROPEAN, digits) and not re.fullmatch(f"{_GROUPED}|{_INDIAN}", digits):
+    if _EUROPEAN_ALONE.fullmatch(digits) and not _GROUPED_ALONE.fullmatch(digits):
         digits = digits.replace(".", "").replace(",", ".")
     return Fraction(re.sub(r"[ ',]", "", digits).rstrip(".") or "0")
 
@@ -307,6 +313,11 @@ def _words_value(body: str) -> Fraction:
     return Fraction(total + current)
 
 
+@lru_cache(maxsize=64)
+def _exact(tolerance: float) -> Fraction:
+    return Fraction(tolerance)
+
+
 def same_number(
     reference: Quantity,
     candidate: Quantity,
@@ -328,7 +339,7 @@ def same_number(
     def is_close(expected: Fraction, given: Fraction) -> bool:
         both_whole = expected.denominator == 1 and given.denominator == 1 and not is_relaxed
         return expected == given or (
-            not both_whole and abs(expected - given) <= Fraction(relative_tolerance) * abs(expected)
+            not both_whole and abs(expected - given) <= _exact(relative_tolerance) * abs(expected)
         )
 
     shown, given = reference.value, candidate.value

@@ -92,16 +92,27 @@ def _pending(formula: str, sample: Sample, origin: Origin) -> Pending:
 
 
 def _matcher(reference: Quantity, sample: Sample, config: VerificationConfig) -> Callable[[Quantity], bool]:
-    scale = _SCALE.search(sample.question)
-    is_same = _unscaled_matcher(reference, sample, config)
-    if scale is None:
+    factor, asks_percent = _asked_scale(sample.question)
+    is_same = _unscaled_matcher(reference, sample, config, asks_percent=asks_percent)
+    if factor is None:
         return is_same
-    factor = LARGE_NUMBERS[scale.group(1).lower()]  # "How many million ...?": 2.5 and 2.5 million are the same answer
     return lambda quantity: is_same(quantity) or is_same(replace(quantity, value=quantity.value / factor))
 
 
-def _unscaled_matcher(reference: Quantity, sample: Sample, config: VerificationConfig) -> Callable[[Quantity], bool]:
-    asks_percent = _ASKS_PERCENT.search(sample.question) is not None
+@lru_cache(maxsize=256)
+def _asked_scale(question: str) -> tuple[int | None, bool]:
+    """Returns what a question counts in and whether that is percent: "How many million ...?" is 2.5 or 2.5 million.
+
+    Kept, as the replies to a question are verified one after the other.
+    """
+    scale = _SCALE.search(question)
+    factor = LARGE_NUMBERS[scale.group(1).lower()] if scale else None
+    return factor, _ASKS_PERCENT.search(question) is not None
+
+
+def _unscaled_matcher(
+    reference: Quantity, sample: Sample, config: VerificationConfig, *, asks_percent: bool
+) -> Callable[[Quantity], bool]:
     if sample.answer_type is AnswerType.COUNT:
         return lambda quantity: not quantity.is_percent and quantity.value == reference.value
     if sample.answer_type is AnswerType.CHART and not _is_year(reference, sample.question):

@@ -74,22 +74,28 @@ _LINK = (
     r"(?:therefore|thus|then|hence|simply|just)?\s*:?|\s*[:=→]|\s+-(?=\s))"
 )
 _CUE = re.compile(
-    rf"(?<![\w])(?:(?:{_THE})?(?:{_KIND}){{0,2}}answers?{_ABOUT}|(?:{_THE})?(?:{_KIND}){{1,2}}{_NOUN}{_ABOUT})"
+    # All of one group look once whether a word begins here, and not each for itself.
+    r"(?<!\w)(?:"
+    rf"(?:(?:{_THE})?(?:{_KIND}){{0,2}}answers?{_ABOUT}|(?:{_THE})?(?:{_KIND}){{1,2}}{_NOUN}{_ABOUT})"
     rf"[*_\"']{{0,3}}{_LINK}"
-    r"|(?<!\w)ans(?:wer)?\s*[.:=]"
-    r"|(?<!\w)i\s+(?:would\s+|will\s+|'ll\s+)?(?:choose|pick|select|answer|go\s+with)\b"
+    r"|ans(?:wer)?\s*[.:=]"
+    r"|i\s+(?:would\s+|will\s+|'ll\s+)?(?:choose|pick|select|answer|go\s+with)\b"
+    r"|(?:la\s+)?(?:respuesta|resposta)(?:\s+(?:final|correcta|correta))?\s*(?:es|é|:)(?!\w)"
+    r"|(?:la\s+)?(?:bonne\s+)?réponse(?:\s+(?:finale|correcte))?\s*(?:est|:)(?!\w)"
+    r"|(?:die\s+)?(?:richtige\s+|endgültige\s+|korrekte\s+)?(?:antwort|lösung)\s*(?:ist|lautet|:)(?!\w)"
+    r"|(?:la\s+)?risposta(?:\s+(?:finale|corretta))?\s*(?:è|:)(?!\w)"
+    r"|(?:правильный\s+|окончательный\s+)?ответ\s*(?:это|:|-)"
+    r")"
     r"|^\s*#{4}(?!#)"
-    r"|(?<!\w)(?:la\s+)?(?:respuesta|resposta)(?:\s+(?:final|correcta|correta))?\s*(?:es|é|:)(?!\w)"
-    r"|(?<!\w)(?:la\s+)?(?:bonne\s+)?réponse(?:\s+(?:finale|correcte))?\s*(?:est|:)(?!\w)"
-    r"|(?<!\w)(?:die\s+)?(?:richtige\s+|endgültige\s+|korrekte\s+)?(?:antwort|lösung)\s*(?:ist|lautet|:)(?!\w)"
-    r"|(?<!\w)(?:la\s+)?risposta(?:\s+(?:finale|corretta))?\s*(?:è|:)(?!\w)"
-    r"|(?<!\w)(?:правильный\s+|окончательный\s+)?ответ\s*(?:это|:|-)"
-    r"|(?:最终|正确)?(?:答案|选项)(?:应该|应)?(?:是|为|選|选|:)\s*:?"
+    # Scripts in which no space need stand before a cue.
+    r"|(?=[最正答选故因所应回최정답اसउ])(?:"
+    r"(?:最终|正确)?(?:答案|选项)(?:应该|应)?(?:是|为|選|选|:)\s*:?"
     r"|(?:故选|因此选|所以选|应选)\s*:?"
     r"|(?:最終的な)?(?:答え|正解|回答)(?:は|:)"
     r"|(?:최종\s*)?(?:정답|답)(?:은|:)"
     r"|(?:الجواب|الإجابة)(?:\s+(?:النهائية|النهائي|الصحيحة|الصحيح))?\s*(?:هو|هي|:)"
-    r"|(?:सही\s+)?उत्तर\s*(?:है|:)",
+    r"|(?:सही\s+)?उत्तर\s*(?:है|:)"
+    r")",
     re.IGNORECASE | re.MULTILINE,
 )
 _REVERSED_CUE = re.compile(

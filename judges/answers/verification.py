@@ -12,7 +12,7 @@ A complete reply that commits to nothing ("I cannot see the image", "please prov
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from judges.answers.boxes import check_boxes, find_boxes
@@ -38,7 +38,32 @@ _RATIO = re.compile(r"(?<=\d)\s*to\s*(?=\d)")
 NO_ANSWER = "gives no answer"
 """Detail of the verdict on a complete reply that commits to nothing."""
 
+SETTINGS_READ: Mapping[AnswerType, frozenset[str]] = {
+    AnswerType.CHOICE: frozenset({"timeout_seconds"}),
+    AnswerType.NUMBER: frozenset({"relative_tolerance", "timeout_seconds"}),
+    AnswerType.COUNT: frozenset({"timeout_seconds"}),
+    AnswerType.CHART: frozenset({"relative_tolerance", "chart_tolerance", "anls_threshold", "timeout_seconds"}),
+    AnswerType.EXPRESSION: frozenset({"relative_tolerance", "timeout_seconds"}),
+    AnswerType.LIST: frozenset({"relative_tolerance", "anls_threshold", "timeout_seconds"}),
+    AnswerType.TEXT: frozenset({"anls_threshold"}),
+    AnswerType.OCR: frozenset({"anls_threshold"}),
+    AnswerType.BOX: frozenset({"iou_threshold"}),
+    AnswerType.BOOLEAN: frozenset(),
+    AnswerType.OPEN: frozenset(),
+}
+"""Which settings shape the verdict on a reply, by the type of the answer. The time limit counts where a formula may be
+parsed; how many processes do that never counts."""
+
 Check = Callable[[Statement], Verdict | Pending | None]
+
+
+def types_judged_alike(before: VerificationConfig, after: VerificationConfig) -> frozenset[AnswerType]:
+    """Returns the answer types on which both settings give the same verdict, whatever is replied."""
+    return frozenset(
+        answer_type
+        for answer_type, names in SETTINGS_READ.items()
+        if all(getattr(before, name) == getattr(after, name) for name in names)
+    )
 
 
 def verify(reply_text: str, sample: Sample, config: VerificationConfig, *, is_truncated: bool = False) -> Verdict:
@@ -185,4 +210,4 @@ def _mentions_reference(text: str, sample: Sample) -> bool:
     return f" {canonical_words(answer)} " in f" {canonical_words(tail)} "
 
 
-__all__ = ["NO_ANSWER", "Origin", "decide", "verify"]
+__all__ = ["NO_ANSWER", "SETTINGS_READ", "Origin", "decide", "types_judged_alike", "verify"]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from corpus import writer
+from corpus import shard_images, writer
 from corpus.writer import shard_path, write_corpus_shard, write_fates, write_shards
 from schemas.errors import StorageError
 from schemas.fates import FATE_SCHEMA
@@ -65,6 +65,13 @@ def test_the_shard_info_describes_the_file(world: Any, tmp_path: Path) -> None:
     assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     assert shard.num_bytes == path.stat().st_size
     assert (shard.path, shard.num_think, shard.num_direct, shard.num_rows) == (str(path), 2, 1, 3)
+
+
+def test_the_sum_of_a_shard_of_several_row_groups_is_that_of_its_file(world: Any, tmp_path: Path) -> None:
+    path = tmp_path / "s.parquet"
+    shard = write(world, world.rows(think=130, direct=120), path)
+    assert pq.read_metadata(path).num_row_groups == 3
+    assert (shard.sha256, shard.num_bytes) == (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
 
 
 def test_the_same_rows_give_the_same_bytes(world: Any, tmp_path: Path) -> None:
@@ -230,6 +237,39 @@ def test_an_image_that_rows_share_is_read_once_as_long_as_it_is_kept(
 
     shared = write_counted("a.parquet")
     assert len(read) == 2
-    monkeypatch.setattr(writer, "_CACHED_BYTES", 1)
+    monkeypatch.setattr(shard_images, "_CACHED_BYTES", 1)
     assert write_counted("b.parquet").sha256 == shared.sha256
     assert len(read) == 2 + 8
+
+
+def test_a_row_that_left_takes_its_images_along(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row lacks its second image, one is too large once its images are read: those of the others stay theirs."""
+    rows = [
+        world.row(1, colours=("red",)),
+        world.row(2, colours=("blue", "white")),
+        world.row(3, colours=("lime", "red"), question="x" * 2_000),
+        world.row(4, colours=("lime", "navy")),
+    ]
+    del world.store[rows[1].sample.images[1].sha256]
+    monkeypatch.setattr(writer, "MAX_ROW_BYTES", 10_000)
+    shard = write(world, rows, tmp_path / "s.parquet")
+    assert [(fate.origin, fate.reason) for fate in shard.fates] == [
+        ("tests:file#2", "image_missing"),
+        ("tests:file#3", "row_too_large"),
+    ]
+    held = [[image["bytes"] for image in row["images"]] for row in pq.read_table(tmp_path / "s.parquet").to_pylist()]
+    assert held == [[world.store[image.sha256] for image in row.sample.images] for row in (rows[0], rows[3])]
+
+
+@pytest.mark.parametrize(("first_bytes", "kept_bytes"), [(1, 2**30), (1, 1), (100, 150)])
+def test_images_are_the_same_however_much_memory_there_is_at_first(
+    world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_bytes: int, kept_bytes: int
+) -> None:
+    colours = ("red", "blue", "lime", "navy", "white")
+    rows = [world.row(n, colours=colours[: n % 6]) for n in range(250)]
+    expected = write(world, rows, tmp_path / "a.parquet")
+    monkeypatch.setattr(shard_images, "_FIRST_BYTES", first_bytes)
+    monkeypatch.setattr(shard_images, "_KEPT_BYTES", kept_bytes)
+    assert write(world, rows, tmp_path / "b.parquet").sha256 == expected.sha256
+    for row, record in zip(rows, pq.read_table(tmp_path / "b.parquet").to_pylist(), strict=True):
+        assert [image["bytes"] for image in record["images"]] == [world.store[i.sha256] for i in row.sample.images]

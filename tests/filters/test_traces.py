@@ -1,9 +1,11 @@
 """Checks of one chain of thought, and duplicates among several."""
 
 import random
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 
 from filters.duplicates import find_duplicates
 from filters.feature_files import FeatureTable
+from filters.normalise import num_unspaced, spaced_words
 from filters.traces import repeated_share, trace_features, trace_problem, trace_settings
 from schemas.config import ReasoningConfig
 from schemas.errors import ConfigError
@@ -71,6 +74,52 @@ def test_the_share_of_repeated_grams_counts_the_repetition_alone() -> None:
     assert repeated_share(" ".join(words + words[:8])) == 8 / 28
     assert repeated_share(" ".join(words + words[:7])) == 0
     assert repeated_share(" ".join(words + words[:8] + words[4:14])) == 18 / 38
+
+
+def shares_by_definition(text: str) -> tuple[float, float, float]:
+    """Returns what `repeated_share` is the largest of, each looked for everywhere."""
+    words = [word.casefold() for word in spaced_words(text)]
+    size = 16 if 2 * num_unspaced(words) > len(words) else 8
+    grams = [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
+    covered = {start + i for start, gram in enumerate(grams) if gram in grams[:start] for i in range(size)}
+    runs = [list(run) for _, run in groupby(words)]
+    spelled = [run for run in runs if len(run) >= 4 and len(run[0]) > 1 and any(map(str.isalpha, run[0]))]
+    packed = "".join(text.split())
+    units = [match[0] for match in re.finditer(r"(.{1,8}?)\1{7,}", packed, re.DOTALL)]
+    held = [unit for unit in units if len(unit) > 200 or not set(unit) <= set("-=_|+~*#.:")]
+    num_words, num_characters = max(1, len(words)), max(1, len(packed))
+    return len(covered) / num_words, sum(map(len, spelled)) / num_words, sum(map(len, held)) / num_characters
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    pieces=st.lists(
+        st.tuples(
+            st.sampled_from(
+                [
+                    "ab",
+                    "a",
+                    "no ",
+                    "so it is ",
+                    "7 ",
+                    "-",
+                    " ",
+                    "三角形",
+                    "三",
+                    "😀 ",
+                    "abcdefgh",
+                    "abcdefghi",
+                    "\ud800",
+                ]
+            ),
+            st.integers(1, 9),
+        ),
+        max_size=8,
+    )
+)
+def test_the_repeated_share_is_what_its_definition_says(pieces: list[tuple[str, int]]) -> None:
+    text = "".join(piece * times for piece, times in pieces)
+    assert repeated_share(text) == pytest.approx(max(shares_by_definition(text)))
 
 
 def test_the_boundary_of_repetition_belongs_to_what_is_allowed() -> None:

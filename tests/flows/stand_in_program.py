@@ -8,6 +8,7 @@ Written to be copied as `training/annealing.py`, `training/bpo.py` and `training
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -79,7 +80,8 @@ def main() -> None:
     if program == "evaluate":
         (output / "table.md").write_text("| mode | accuracy |\n|---|---|\n| auto | 0.75 |\n", encoding="utf-8")
     result = {"program": program, "steps": num_steps, "began": began, "loss": 1 / num_steps, "model": "model"}
-    (output / "result.json").write_text(json.dumps({**result, "config": config}), encoding="utf-8")
+    seen = {"config": config, "gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    (output / "result.json").write_text(json.dumps({**result, **seen}), encoding="utf-8")
 
 
 if __name__ == "__main__":

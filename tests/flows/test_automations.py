@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from flows.automations import Template, find_block, templates
 from flows.commands.notify import EXAMPLES, notify
-from flows.events import CORPUS_CREATED, QUARANTINE_EXCEEDED, corpus_resource
+from flows.events import CORPUS_CREATED, QUARANTINE_EXCEEDED, RUN_RESTARTED, corpus_resource
 from schemas.errors import ConfigError
 
 BLOCK = UUID("0b8f1f3e-4c0c-4f6e-9d8e-0e5a6f0f7a11")
@@ -65,6 +65,11 @@ def flow_event(state: str, flow: str) -> ReceivedEvent:
     return event(f"prefect.flow-run.{state}", {"prefect.resource.id": f"prefect.flow-run.{BLOCK}"}, {}, related)
 
 
+def restarted_event() -> ReceivedEvent:
+    resource = {"prefect.resource.id": f"bimode.run.{BLOCK}", "prefect.resource.name": "charts 2025-12-31"}
+    return event(RUN_RESTARTED, resource, {"run": str(BLOCK), "lost": str(BLOCK), "flow": "curate"})
+
+
 def fires_on(name: str, seen: ReceivedEvent) -> bool:
     """Returns what Prefect's server makes of the trigger."""
     trigger = ServerTrigger.model_validate(template(name).trigger.model_dump())
@@ -84,6 +89,8 @@ def fires_on(name: str, seen: ReceivedEvent) -> bool:
         ("created", corpus_event(QUARANTINE_EXCEEDED), False),
         ("quarantine", corpus_event(QUARANTINE_EXCEEDED), True),
         ("quiet", corpus_event(CORPUS_CREATED), True),
+        ("restarted", restarted_event(), True),
+        ("restarted", flow_event("Crashed", "curate"), False),
     ],
 )
 def test_each_notification_is_for_its_own_events(name: str, seen: ReceivedEvent, fires: bool) -> None:
@@ -118,6 +125,8 @@ def test_texts_are_made_of_counts_and_codes() -> None:
     assert rendered(template("created").subject, created) == "bimode: charts v0002"
     text = rendered(template("created").body.replace("|ui_url", ".name"), created)
     assert text.startswith("charts v0002: 100 rows, 30 think; 10 added. This run paid nothing.")
+    again = rendered(template("restarted").body.replace("|ui_url", ".name"), restarted_event())
+    assert again.startswith("The run 'charts 2025-12-31' of curate crashed; 'charts 2026-01-01' goes on in its place.")
 
 
 @pytest.mark.parametrize("found", templates(), ids=lambda found: found.name)
@@ -159,7 +168,10 @@ app.command(epilog=EXAMPLES)(notify)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "everything"], "--only 'everything' is none of failed, quarantine, quiet, created, approval"),
+        (
+            ["--only", "everything"],
+            "--only 'everything' is none of failed, restarted, quarantine, quiet, created, approval",
+        ),
         (["--block", "webhook/x", "--remove"], "give one of them"),
         ([], "no Prefect server is known: start one with `bimode up`"),
     ],

@@ -42,6 +42,16 @@ def test_a_command_has_help_options_with_help_and_examples_that_it_takes(name: s
     assert used <= options, f"the examples use options that do not exist: {used - options}"
 
 
+def test_each_group_of_commands_is_documented_too() -> None:
+    groups = {group.typer_instance.info.name: group.typer_instance for group in cli.app.registered_groups}
+    for name, group in groups.items():
+        assert f"bimode {name}" in README
+        assert re.search(rf"^ *bimode {name}\b.+  +\w", cli.__doc__ or "", re.MULTILINE)
+        assert re.findall(rf"^ +bimode {name} \w+", help_of(str(name)), re.MULTILINE), "examples"
+        for command in group.registered_commands:
+            assert help_of(str(name), str(command.name or command.callback.__name__))  # type: ignore[union-attr]
+
+
 def test_the_overview_keeps_its_lines() -> None:
     text = help_of()
     for line in re.findall(r"^bimode .+$", cli.__doc__ or "", re.MULTILINE):

@@ -13,7 +13,9 @@ from filters.duplicates import EXACT
 from flows.removing import plan_duplicates
 from flows.run_config import load_run
 from flows.runtime import Runtime
-from flows.stages import Progress, read_source_shard, remove_duplicates
+from flows.shard_calls import RemoveRows
+from flows.stages import DUPLICATES, Progress, read_source_shard
+from flows.workspace import Marker
 from sources import plan_units
 from tests.filters.test_images import animated, encoded, photo
 from tests.flows.scripted_world import write_config
@@ -56,8 +58,7 @@ def test_odd_rows_are_all_accounted_for(tmp_path: Path, shard_rows: int) -> None
     path = write_config(tmp_path, tmp_path / "rows.jsonl", "http://127.0.0.1:9/v1", shard_rows=shard_rows)
     runtime = Runtime(load_run(str(path)))
     before = [read_source_shard(runtime, unit, Progress(0)) for unit in plan_units(runtime.config)]
-    plan = plan_duplicates(runtime, before)
-    done = [remove_duplicates(runtime, marker, plan, "", Progress(0)) for marker in before]
+    done = removed(runtime, before)
     left: dict[str, str] = {}
     names = list(ROWS)
     for marker in [*before, *done]:
@@ -72,6 +73,12 @@ def test_odd_rows_are_all_accounted_for(tmp_path: Path, shard_rows: int) -> None
     assert left == expected
 
 
+def removed(runtime: Runtime, before: list[Marker]) -> list[Marker]:
+    """Removes the duplicates among some shards; returns their markers."""
+    plan = plan_duplicates(runtime, before)
+    return [RemoveRows(DUPLICATES, marker, plan.get(marker.shard), "")(runtime, Progress(0)) for marker in before]
+
+
 def test_a_large_group_of_equal_rows_leaves_one(tmp_path: Path) -> None:
     Image.new("RGB", (30, 20), "red").save(tmp_path / "red.png")
     row = json.dumps(
@@ -81,7 +88,6 @@ def test_a_large_group_of_equal_rows_leaves_one(tmp_path: Path) -> None:
     path = write_config(tmp_path, tmp_path / "rows.jsonl", "http://127.0.0.1:9/v1", shard_rows=700)
     runtime = Runtime(load_run(str(path)))
     before = [read_source_shard(runtime, unit, Progress(0)) for unit in plan_units(runtime.config)]
-    plan = plan_duplicates(runtime, before)
-    assert sum(removals.num_rows for removals in plan.values()) == 2999
-    kept = [remove_duplicates(runtime, marker, plan, "", Progress(0)).count.num_kept for marker in before]
+    kept = [marker.count.num_kept for marker in removed(runtime, before)]
+    assert sum(kept) == sum(marker.count.num_kept for marker in before) - 2999
     assert kept[0] == 1, "the first of copies stays"

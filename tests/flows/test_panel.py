@@ -82,7 +82,10 @@ def judge(config: RunConfig) -> list[Marker]:
     runtime, progress = Runtime(config), Progress(0)
     try:
         markers = [stages.read_source_shard(runtime, unit, progress) for unit in plan_units(config)]
-        markers = [stages.remove_duplicates(runtime, marker, {}, marker.output, progress) for marker in markers]
+        markers = [
+            stages.remove_planned(runtime, stages.DUPLICATES, marker, None, marker.output, progress)
+            for marker in markers
+        ]
         for stage in ("routing", "difficulty"):
             markers = [stages.label_shard(runtime, stage, marker, progress) for marker in markers]
         return markers

@@ -12,7 +12,8 @@ from filters.duplicates import EXACT, NEAR
 from flows.removing import plan_duplicates, settle, settled_shards
 from flows.run_config import load_run
 from flows.runtime import Runtime
-from flows.stages import Progress, read_source_shard, remove_duplicates
+from flows.shard_calls import RemoveRows
+from flows.stages import DUPLICATES, Progress, read_source_shard
 from flows.workspace import Marker
 from sources import plan_units
 from tests.filters.test_images import encoded, page_of_text, photo
@@ -44,7 +45,10 @@ def run(runtime: Runtime) -> dict[int, tuple[str, int]]:
     settled = settled_shards(runtime, before)
     new = [marker for marker in before if marker.shard not in settled]
     plan = plan_duplicates(runtime, new, list(settled.values()))
-    done = {marker.shard: remove_duplicates(runtime, marker, plan, marker.output, Progress(0)) for marker in new}
+    done = {
+        marker.shard: RemoveRows(DUPLICATES, marker, plan.get(marker.shard), marker.output)(runtime, Progress(0))
+        for marker in new
+    }
     settle(runtime, before, [done.get(marker.shard) or settled[marker.shard] for marker in before])
     found = {}
     for marker in done.values():

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
 from flows.labelling import check_trace
 from flows.replaying import KnownTraces, Missing, Replayed, quarantined, replay_stage
 from flows.settled import Earlier
-from flows.work_rows import WorkRow, work_rows, work_table
+from flows.work_rows import WorkRow, labelled_table, unlabelled_table, work_rows
 from judges import performance, reasoning
 from judges.answers import VerifierPool
 from schemas.config import RunConfig, parse_config
 from schemas.requests import Reply
-from schemas.samples import AnswerType, Kind, Sample
+from schemas.samples import AnswerType, Kind, Sample, samples_to_table
 from schemas.template import Completion
 from schemas.usage import UsageKey
 from schemas.verdicts import Decision, Heuristic, Mode, Verdict, wrong
@@ -28,6 +30,11 @@ OPEN = Sample("6" * 32, "sums", "sums:f#1", "Why do leaves fall?", kind=Kind.SUB
 THOUGHT = "The two numbers are added one after the other, which gives seven."
 SHORT = "Too short."
 THINKS = Decision(Mode.THINK, Heuristic.PERFORMANCE, 0, 8, 8)
+
+
+def work_table(rows: Sequence[WorkRow]) -> pa.Table:
+    unlabelled = unlabelled_table(samples_to_table([row.sample for row in rows]))
+    return labelled_table(unlabelled, np.arange(len(rows)), rows).combine_chunks()
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +136,86 @@ def test_what_is_not_certain_is_labelled_again(
     assert work_rows(found.rows) == [WorkRow(SUM, Decision(Mode.DIRECT, Heuristic.PERFORMANCE, 1, 1, 1))]
 
 
+PICK = Sample(
+    "7" * 32,
+    "sums",
+    "sums:f#2",
+    "Which is even?",
+    choices=("3", "4"),
+    answer="B",
+    kind=Kind.OBJECTIVE,
+    answer_type=AnswerType.CHOICE,
+)
+PICKED = WorkRow(PICK, Decision(Mode.THINK, Heuristic.PERFORMANCE, 0, 8, 8))
+"""As no verifier would decide it on the replies that are stored below, so that it is seen who did."""
+ALIKE = frozenset({AnswerType.CHOICE})
+
+
+def earlier_of_two(picked: WorkRow) -> Earlier:
+    before, after = work_table([WorkRow(SUM), WorkRow(PICK)]), work_table([SETTLED, picked])
+    return Earlier(before, after, {}, is_same_recipe=True, are_same_checks=True, same_verdicts=ALIKE)
+
+
+def store_picks(folder: Path, config: RunConfig, *indices: int) -> None:
+    request = performance.performance_request(PICK, 0, config.performance, seed=config.seed)
+    with Journal(folder) as journal:
+        for index in indices:
+            sample = request.sample(index)
+            journal.append(reply_key(sample, config.teacher), sample, reply("Answer: B"))
+        journal.compact()
+
+
+def test_under_another_verifier_only_answers_that_it_judges_otherwise_are_verified_again(
+    tmp_path: Path, config: RunConfig, verifiers: VerifierPool
+) -> None:
+    store_samples(tmp_path, config, "Answer: 8", "Answer: 7")
+    store_picks(tmp_path, config, 0, 1, 2)
+    found = replay(tmp_path, config, verifiers, WorkRow(SUM), WorkRow(PICK), earlier=earlier_of_two(PICKED))
+    assert work_rows(found.rows) == [WorkRow(SUM, Decision(Mode.DIRECT, Heuristic.PERFORMANCE, 1, 2, 2)), PICKED]
+    usage = found.usage[UsageKey("performance", "performance", "sums", "m")]
+    assert (usage.num_replies, usage.prompt_tokens) == (5, 45)
+
+
+@pytest.mark.parametrize(
+    ("indices", "picked"),
+    [
+        ((0, 2), PICKED),
+        ((1,), PICKED),
+        ((0,), WorkRow(PICK, Decision(Mode.THINK, Heuristic.PERFORMANCE, 0, 8, 9))),
+    ],
+    ids=["a gap among its samples", "no first sample", "an unscored sample"],
+)
+def test_under_another_verifier_a_row_is_verified_again_unless_its_samples_are_certain(
+    tmp_path: Path, config: RunConfig, verifiers: VerifierPool, indices: tuple[int, ...], picked: WorkRow
+) -> None:
+    store_samples(tmp_path, config, "Answer: 7")
+    store_picks(tmp_path, config, *indices)
+    found = replay(tmp_path, config, verifiers, WorkRow(SUM), WorkRow(PICK), earlier=earlier_of_two(picked))
+    assert PICKED not in work_rows(found.rows) and picked not in work_rows(found.rows)
+    assert [one.row.sample for one in found.missing] == ([] if 0 in indices else [PICK])
+
+
+def test_under_another_verifier_traces_stay_whose_answers_it_judges_as_before(
+    tmp_path: Path, config: RunConfig, verifiers: VerifierPool
+) -> None:
+    """The one reply of each row is stored; that of the choice now says something else, which nobody reads."""
+    rows = [WorkRow(sample, THINKS) for sample in (SUM, PICK)]
+    accepted = [WorkRow(SUM, THINKS, THOUGHT, "7"), WorkRow(PICK, THINKS, THOUGHT, "B")]
+    with Journal(tmp_path) as journal:
+        for row in rows:
+            request = reasoning.reasoning_request(row.sample, 0, config.reasoning, seed=config.seed)
+            text = f"<think>{THOUGHT}</think>Answer: 9"
+            journal.append(reply_key(request, config.teacher), request, reply(text))
+        journal.compact()
+    with asyncio.Runner() as runner:
+        table = work_table(rows)
+        earlier = Earlier(table, work_table(accepted), {}, True, True, ALIKE)
+        found = replay_stage("reasoning", config, table, tmp_path, verifier=verifiers, runner=runner, earlier=earlier)
+    assert work_rows(found.rows) == [accepted[1]]
+    assert [one.row.sample for one in found.missing] == [SUM], "its only trace is wrong now, and there is no other"
+    assert found.usage[UsageKey("reasoning", "reasoning", "sums", "m")].num_replies == 2
+
+
 class CountingVerifier:
     """Finds everything wrong, and counts."""
 
@@ -140,12 +227,12 @@ class CountingVerifier:
         return wrong(reply_text)
 
 
-def known_traces(row: WorkRow, *, num_tries: int = 1, are_answers_known: bool = True) -> KnownTraces:
+def known_traces(row: WorkRow, *, num_tries: int = 1) -> KnownTraces:
     return KnownTraces(
         work_table([row]),
         num_tries=lambda sample: num_tries,
         verifier=CountingVerifier(),
-        are_answers_known=are_answers_known,
+        same_verdicts=frozenset(AnswerType),
     )
 
 
@@ -183,18 +270,16 @@ def test_a_trace_is_checked_again_unless_it_is_certainly_the_one_that_was_accept
     assert known.check_trace(row, trace, said, strict) == expected
 
 
-@pytest.mark.parametrize(("are_answers_known", "num_asked"), [(True, 0), (False, 1)])
-def test_the_answer_behind_an_accepted_trace_is_right_where_the_verifier_is_the_same(
-    config: RunConfig, are_answers_known: bool, num_asked: int
+@pytest.mark.parametrize(("same_verdicts", "num_asked"), [({AnswerType.NUMBER}, 0), ({AnswerType.CHOICE}, 1)])
+def test_the_answer_behind_an_accepted_trace_is_right_where_the_verifier_says_what_it_said(
+    config: RunConfig, same_verdicts: set[AnswerType], num_asked: int
 ) -> None:
     row, trace = WorkRow(SUM, THINKS, THOUGHT, "7"), Completion(THOUGHT, "Answer: 7")
     verifier = CountingVerifier()
-    known = KnownTraces(
-        work_table([row]), num_tries=lambda sample: 1, verifier=verifier, are_answers_known=are_answers_known
-    )
+    known = KnownTraces(work_table([row]), num_tries=lambda sample: 1, verifier=verifier, same_verdicts=same_verdicts)
     known.check_trace(row, trace, reply(""), config.reasoning)
     verdict = asyncio.run(known.verify_async("Answer: 7", SUM))
-    assert (verdict.is_correct, verifier.num_asked) == (are_answers_known, num_asked)
+    assert (verdict.is_correct, verifier.num_asked) == (num_asked == 0, num_asked)
     asyncio.run(known.verify_async("Answer: 8", SUM))
     assert verifier.num_asked == num_asked + 1, "another answer is compared"
 

@@ -192,7 +192,7 @@ def ensure_teacher(home: Path, text: str) -> list[str]:
     (home / "run.yaml").write_text(CONFIG + text, encoding="utf-8")
     (home / ".local").mkdir(exist_ok=True)
     lines: list[str] = []
-    stack._ensure_teacher(stack._Folder(home), load_config(home / "run.yaml"), lines.append)
+    stack._teacher(stack._Folder(home)).ensure(load_config(home / "run.yaml"), lines.append)
     return lines
 
 

@@ -29,7 +29,10 @@ from typer.testing import CliRunner
 from corpus.keeping import collect_versions
 from flows import processes, stack, supervisor
 from flows.cli import app
-from flows.processes import StackError
+from flows.gpu_devices import GpuHost
+from flows.gpu_lease import GpusTaken, Leases
+from flows.gpu_queue import Request
+from flows.stack_teacher import StackTeacher
 from flows.train import ProgramView, train
 from flows.training_plan import (
     TRAINED_FILE,
@@ -41,9 +44,11 @@ from flows.training_plan import (
     program_environment,
 )
 from flows.training_process import Program
+from schemas.config import RunConfig
 from schemas.errors import ConfigError, CorpusError
 from schemas.training_config import TrainingConfig, load_training_config
 from tests.flows.small_corpus import write_version
+from tests.teacher.test_serving import Stand
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_program.py")
@@ -66,6 +71,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BIMODE_HOME", str(tmp_path))
     monkeypatch.setenv("BIMODE_GPU_PYTHON", sys.executable)
     return make_home(tmp_path)
+
+
+@pytest.fixture
+def gpus(home: Path, monkeypatch: pytest.MonkeyPatch) -> Leases:
+    """The leases of three stand-in GPUs; `torchrun` is a stand-in too, which starts one process."""
+    build = {"distribution": "vllm", "version": "0.32.0", "flags": []}
+    monkeypatch.setenv("BIMODE_GPUS", "4,5,6")
+    monkeypatch.setenv("BIMODE_GPU_LEASES", str(home / "leases"))
+    monkeypatch.setenv("BIMODE_TEST_STAND", str(home))
+    monkeypatch.setenv("FAKE_BUILD", json.dumps(build))
+    launcher = home / "torch" / "distributed" / "run.py"
+    launcher.parent.mkdir(parents=True)
+    for folder in (launcher.parent, launcher.parent.parent):
+        (folder / "__init__.py").touch()
+    launcher.write_text(
+        "import runpy, sys\n"
+        "begin = sys.argv.index('-m')\n"
+        "sys.argv = sys.argv[begin + 1 :]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+    )
+    return Leases(GpuHost.here(home))
 
 
 def write_config(home: Path, **settings: Any) -> str:
@@ -348,14 +374,46 @@ class TestFlow:
             train(write_config(home))
         assert not (home / "runs").exists()
 
-    def test_the_teacher_is_stopped_before_training(self, home: Path) -> None:
+    def test_programs_see_the_gpus_of_their_lease_and_what_they_leave_is_given_back(self, gpus: Leases) -> None:
+        home = Path(os.environ["BIMODE_HOME"])
         write_version(home / "corpus", 4)
-        with fake_teacher(home) as teacher:
+        config = write_config(home, launch={"kind": "torchrun", "num_processes": 2})
+        with gpus.acquire(Request("training", "another", ("4",), 1), say=lambda line: None):
+            folders = folders_of(train(config))
+        seen = {program: json.loads((folder / "result.json").read_text()) for program, folder in folders.items()}
+        assert {program: result["gpus"] for program, result in seen.items()} == {
+            "annealing": "5,6",
+            "bpo": "5,6",
+            "evaluate": "5",
+        }
+        assert gpus.look() == ({}, [])
+
+    def test_more_processes_than_gpus_are_refused(self, gpus: Leases) -> None:
+        home = Path(os.environ["BIMODE_HOME"])
+        write_version(home / "corpus", 4)
+        with pytest.raises(ConfigError, match=r"tiny, flow run .* asks for 4 GPUs, and this worker has 3"):
+            train(write_config(home, launch={"kind": "torchrun", "num_processes": 4}))
+        assert gpus.look() == ({}, [])
+
+    def test_the_teacher_gives_way_to_training(self, gpus: Leases) -> None:
+        home = Path(os.environ["BIMODE_HOME"])
+        write_version(home / "corpus", 4)
+        stand = Stand(home)
+        source = {"name": "rows", "format": "jsonl", "path": "rows.jsonl"}
+        serve = stand.serve.model_dump() | {"data_parallel_size": 3}
+        teacher = stand.endpoint.model_dump()
+        run = RunConfig.model_validate({"name": "tiny", "sources": [source], "teacher": teacher, "serve": serve})
+        stack_teacher = StackTeacher(home, lambda: dict(os.environ))
+        stack_teacher.ensure(run, lambda line: None)
+        with pytest.raises(GpusTaken, match=r"held by the serving of the teacher .* set release_teacher: true"):
             train(write_config(home, bpo="absent", release_teacher=False))
-            assert teacher.poll() is None
-            train(write_config(home, bpo="absent", annealing={"num_steps": 2}))
-            assert teacher.wait(30) != 0
-        assert not (home / ".local" / "teacher.pid").exists()
+        assert gpus.server_at(stand.endpoint.url) is not None
+        asked = {"benchmarks": [{"name": "b", "path": "x"}], "url": stand.endpoint.url}
+        train(write_config(home, annealing="absent", bpo="absent", evaluate=asked, release_teacher=False))
+        assert gpus.server_at(stand.endpoint.url) is not None, "what asks an endpoint takes no GPU"
+        train(write_config(home, bpo="absent", restart_teacher=False))
+        assert gpus.look() == ({}, [])
+        assert stand.processes() == []
 
     def test_the_command_line_runs_the_flow_and_a_dry_run_only_says_what_it_would_do(self, home: Path) -> None:
         version, _ = write_version(home / "corpus", 4)
@@ -393,27 +451,6 @@ def test_a_server_that_does_not_answer_costs_a_picture_and_not_the_training(
     assert said[50] == f"... 10 more lines in {home / 'program.log'}"
     assert said[51] == "Prefect's server did not take the progress of bpo: connection refused"
     assert view.metrics.percent == 50.0
-
-
-def fake_teacher(home: Path) -> subprocess.Popen[bytes]:
-    """Returns a process that the stack takes for the teacher that it started."""
-    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
-    started = Path(f"/proc/{process.pid}/stat").read_bytes().rpartition(b")")[2].split()[19].decode()
-    (home / ".local").mkdir(exist_ok=True)
-    record = {"pid": process.pid, "started": started, "command": ["sleep"]}
-    (home / ".local" / "teacher.pid").write_text(json.dumps(record), encoding="utf-8")
-    return process
-
-
-def test_a_teacher_that_another_run_may_be_asking_is_not_taken_away(
-    home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stack, "_flow_runs", lambda folder: {17: "another run"})
-    with fake_teacher(home) as teacher:
-        with pytest.raises(StackError, match="another run may be asking the teacher"):
-            stack.release_teacher(lambda line: None)
-        assert teacher.poll() is None
-        teacher.kill()
 
 
 # The deployments of the project, on a real server with a real worker

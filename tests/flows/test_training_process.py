@@ -19,6 +19,9 @@ import pytest
 import yaml
 
 from flows import processes, supervisor
+from flows.gpu_devices import Device, GpuHost
+from flows.gpu_lease import Leases
+from flows.gpu_queue import Request
 from flows.training_process import (
     LineReader,
     Metrics,
@@ -38,6 +41,16 @@ from tests.flows.test_training_process import program_in
 from flows.training_process import run_supervised
 folder = Path(sys.argv[1])
 run_supervised(program_in(folder, stop_seconds=float(sys.argv[2])), watch=lambda: None, report=print)
+"""
+LEASED_FLOW = """
+import dataclasses, sys
+from pathlib import Path
+from tests.flows.test_training_process import leases_in, program_in, wanted
+from flows.training_process import run_supervised
+folder = Path(sys.argv[1])
+lease = leases_in(folder).acquire(wanted(), say=print)
+program = dataclasses.replace(program_in(folder), held=lease.grant.descriptors)
+run_supervised(program, watch=lambda: None, report=print)
 """
 linux_only = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="marks are read from /proc")
 
@@ -72,6 +85,14 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
 
 def living(folder: Path) -> dict[int, dict[str, str]]:
     return processes.marked_with(supervisor.MARK, str(folder))
+
+
+def leases_in(folder: Path) -> Leases:
+    return Leases(GpuHost(folder / "leases", (Device("0", "0"),)))
+
+
+def wanted() -> Request:
+    return Request("training", "a training", ("0",), 1)
 
 
 @pytest.fixture
@@ -288,3 +309,18 @@ def test_odd_metrics_are_counted_or_shown_as_text() -> None:
     assert metrics.num_unreadable == 2
     assert metrics.percent == 0.0
     assert metrics.table() == [{"metric": "loss", "value": "nan", "step": 1}]
+
+
+@linux_only
+def test_the_gpu_of_a_killed_flow_is_free_when_its_program_has_written_a_checkpoint(tmp_path: Path) -> None:
+    write_settings(tmp_path, num_steps=10_000, checkpoint_seconds=2.0)
+    leases = leases_in(tmp_path)
+    flow = subprocess.Popen([sys.executable, "-c", LEASED_FLOW, str(tmp_path)], cwd=ROOT)
+    wait_for((tmp_path / "metrics.jsonl").exists)
+    flow.kill()
+    flow.wait()
+    assert leases.try_acquire(wanted(), say=print) is None
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with leases.acquire(wanted(), say=print):
+        assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+        assert living(tmp_path) == {}

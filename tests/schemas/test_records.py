@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import hashlib
+import json
+from dataclasses import asdict
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -95,3 +99,35 @@ def test_a_derived_seed_depends_on_every_part_and_fits_the_engine() -> None:
     assert derived_seed(1, "a", 2) == derived_seed(1, "a", 2)
     assert len({derived_seed(1, "a", 2), derived_seed(1, "a", 3), derived_seed(1, "a2"), derived_seed("1a", 2)}) == 4
     assert 0 <= derived_seed("x") < 2**31
+
+
+def reference_key(request: TeacherRequest, identity: ModelIdentity) -> str:
+    """Renders everything at once, as canonical JSON: the definition of the key."""
+    shaped_by = {
+        "model": identity.model,
+        "revision": identity.revision,
+        "extra_body": identity.extra_body,
+        "messages": [asdict(message) for message in request.messages],
+        "sampling": asdict(request.sampling),
+        "seed": request.seed,
+        "index": request.index,
+        "choices": request.choices,
+    }
+    rendered = json.dumps(shaped_by, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(rendered.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@given(
+    st.lists(st.builds(Message, st.sampled_from(["user", "system"]), st.text(), st.tuples(st.text())), max_size=3),
+    st.builds(Sampling, st.sampled_from([0, 0.0, 1, 1.0]), st.sampled_from([1, 1.0, 0.9]), st.integers(1, 9)),
+    st.integers(0, 2**31 - 1),
+    st.integers(0, 20),
+    st.lists(st.text(), max_size=2),
+    st.builds(ModelIdentity, st.text(), st.text(), st.dictionaries(st.text(), st.integers() | st.text(), max_size=2)),
+)
+def test_the_key_is_that_of_the_whole_request_rendered_at_once(
+    messages: list[Message], sampling: Sampling, seed: int, index: int, choices: list[str], identity: ModelIdentity
+) -> None:
+    request = TeacherRequest("a" * 32, "performance", tuple(messages), sampling, seed, index, tuple(choices))
+    assert request_key(request, identity) == reference_key(request, identity)
+    assert request_key(request.sample(index + 1), identity) == reference_key(request.sample(index + 1), identity)

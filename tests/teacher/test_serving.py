@@ -57,7 +57,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
     def do_GET(self):
-        self.answer(503 if mode == "never" else 200, b'{{"data": []}}')
+        models = [{{"id": name}} for name in sys.argv[sys.argv.index("--served-model-name") + 1 :][:1]]
+        self.answer(503 if mode == "never" else 200, json.dumps({{"data": models}}).encode())
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         print("asked", json.dumps(body), self.headers["X-data-parallel-rank"], flush=True)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from judges.answers import reference_problem, verify
-from judges.answers.verification import NO_ANSWER, decide
+from judges.answers.comparison import Pending
+from judges.answers.numbers import parse_plain
+from judges.answers.verification import NO_ANSWER, SETTINGS_READ, decide, types_judged_alike
 from schemas.config import VerificationConfig
 from schemas.samples import AnswerType, ImageRef, Sample
 from schemas.verdicts import Failure, Outcome
@@ -836,3 +840,81 @@ def test_ten_megabytes_are_read_in_no_time(answer_type: AnswerType) -> None:
     for reply in replies:
         decide(reply, of, CONFIG)
     assert time.process_time() - start < 4.0  # it takes 0.5 s; quadratic reading would take hours
+
+
+@given(whole=st.integers(0, 10**30), part=st.from_regex(r"[0-9]{0,12}", fullmatch=True), has_point=st.booleans())
+def test_digits_with_at_most_one_point_are_the_number_that_they_spell(whole: int, part: str, has_point: bool) -> None:
+    text = f"{whole}.{part}" if part else f"{whole}." if has_point else str(whole)
+    assert parse_plain(text) == Fraction(text.rstrip("."))
+
+
+# --- which settings count ---------------------------------------------------------------------------------------------
+
+
+class ReadSettings:
+    """Settings that remember which of them were read."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(CONFIG, name)
+
+
+ANSWERS = (
+    "7",
+    "7.5",
+    "12%",
+    "1999",
+    "B",
+    "yes",
+    "[1, 2, 30, 40]",
+    "1, 2, 3",
+    "red, blue",
+    "x^2 + 1",
+    "Paris",
+    "no solution",
+)
+REPLIES = (
+    *(f"Answer: {answer}" for answer in ANSWERS),
+    *(
+        r"\boxed{\frac{15}{2}}",
+        r"\boxed{2(x + 1)}",
+        "It is 7.6 or 8.",
+        "Answer: 7,500",
+        "(B) 7.6",
+        "Answer: Pariss",
+        "I cannot see.",
+    ),
+)
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    answer_type=st.sampled_from(AnswerType),
+    answer=st.sampled_from(ANSWERS),
+    reply=st.sampled_from(REPLIES),
+    question=st.sampled_from(["How many are there?", "In which year?", "What percentage?", "List them."]),
+    choices=st.sampled_from([(), ("7", "7.5"), ("Paris", "red, blue", "x^2 + 1")]),
+)
+def test_a_verdict_reads_no_setting_but_those_named_for_its_type(
+    answer_type: AnswerType, answer: str, reply: str, question: str, choices: tuple[str, ...]
+) -> None:
+    of = sample(answer, answer_type, question=question, choices=choices)
+    read = ReadSettings()
+    decided = decide(reply, of, cast(VerificationConfig, read))
+    if isinstance(decided, Pending):
+        read.names.add("timeout_seconds")
+        decided.conclude(((True,) * len(decided.references),) * len(decided.candidates))
+    assert read.names <= SETTINGS_READ[answer_type]
+
+
+def test_types_are_judged_alike_unless_a_setting_differs_that_their_verdicts_read() -> None:
+    assert types_judged_alike(CONFIG, CONFIG.model_copy(update={"num_workers": 7})) == frozenset(AnswerType)
+    by_number = {AnswerType.NUMBER, AnswerType.CHART, AnswerType.EXPRESSION, AnswerType.LIST}
+    tolerant = CONFIG.model_copy(update={"relative_tolerance": 0.02})
+    assert types_judged_alike(CONFIG, tolerant) == frozenset(AnswerType) - by_number
+    strict = CONFIG.model_copy(update={"iou_threshold": 0.9, "anls_threshold": 0.9})
+    by_text = {AnswerType.BOX, AnswerType.CHART, AnswerType.LIST, AnswerType.TEXT, AnswerType.OCR}
+    assert types_judged_alike(CONFIG, strict) == frozenset(AnswerType) - by_text

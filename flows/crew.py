@@ -1,0 +1,102 @@
+"""Who does a stage's calls: threads of this process here, the workers of a Ray cluster in `flows.ray_crew`.
+
+A task, as Prefect sees it, is a group of consecutive shards. However many rows a run has, a step has at most
+`MAX_TASKS` tasks, so that Prefect's database and its work do not grow with the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, Protocol, TypeVar
+
+from prefect.futures import PrefectFuture
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.accounting import Load
+from flows.runtime import Runtime
+from flows.shard_calls import Call
+from flows.stages import Progress
+
+_Result = TypeVar("_Result")
+
+MAX_TASKS = 64
+"""Of one step. A run has thirteen steps at most (two stages have three each), so fewer than a thousand tasks."""
+
+
+class Crew(Protocol):
+    """The workers of one run."""
+
+    @property
+    def task_runner(self) -> Any:
+        """A new task runner of Prefect's for the subflow of one stage."""
+
+    def working(self, stage: str, progress: Progress) -> AbstractContextManager[None]:
+        """Holds while the calls of a stage are done; their progress is counted in the one given."""
+
+    def order(self, calls: Sequence[Call[_Result]]) -> Callable[[], list[_Result]]:
+        """Returns what one task does, wherever it runs: the calls, in order."""
+
+    def submitting(self) -> AbstractContextManager[None]:
+        """Holds while tasks are handed to the task runner."""
+
+    def has_ended(self, future: PrefectFuture[Any], seconds: float) -> bool:
+        """Waits for a task for so long; returns whether it has ended, well or not. Asks no server."""
+
+    def look(self) -> Load:
+        """Brings the progress up to date, and returns what is going on at the endpoints."""
+
+
+class ThreadCrew:
+    """Threads of this process, which share its `Runtime`."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._stage, self._progress = "", Progress(0)
+
+    @property
+    def task_runner(self) -> Any:
+        return ThreadPoolTaskRunner(max_workers=self._runtime.config.parallel_shards)
+
+    @contextmanager
+    def working(self, stage: str, progress: Progress) -> Iterator[None]:
+        self._stage, self._progress = stage, progress
+        yield
+
+    def order(self, calls: Sequence[Call[_Result]]) -> Callable[[], list[_Result]]:
+        return lambda: [call(self._runtime, self._progress) for call in calls]
+
+    def submitting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def has_ended(self, future: PrefectFuture[Any], seconds: float) -> bool:
+        try:
+            future.result(timeout=seconds, raise_on_failure=False)
+        except TimeoutError:
+            return False
+        return True
+
+    def look(self) -> Load:
+        return self._runtime.load(self._stage)
+
+
+def groups(names: Sequence[str], max_groups: int = MAX_TASKS) -> list[list[str]]:
+    """Returns consecutive names in at most so many groups, whose sizes differ by one at most."""
+    number = min(len(names), max_groups)
+    bounds = [len(names) * place // number for place in range(number + 1)] if number else []
+    return [list(names[start:stop]) for start, stop in pairwise(bounds)]
+
+
+def group_name(names: Sequence[str]) -> str:
+    """Returns what a group of shards is called: its first and its last."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def spread_here(
+    runtime: Runtime, progress: Progress, num_threads: int, calls: Mapping[str, Call[_Result]]
+) -> dict[str, _Result]:
+    """Does calls in threads of this process, without Prefect. Returns their results by the same names, in order."""
+    with ThreadPoolExecutor(num_threads) as threads:
+        return dict(zip(calls, threads.map(lambda call: call(runtime, progress), calls.values()), strict=True))
