@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.writer import CONTROL_TOKENS
+from corpus.shard_texts import CONTROL_TOKENS
 from schemas.errors import RowError
 from schemas.question import OPTION_LETTERS, rendered_question
 from schemas.rows import CORPUS_SCHEMA

@@ -21,7 +21,6 @@ from datasets import Features, Image, List
 from numpy.typing import NDArray
 
 from corpus.shard_images import GroupImages, SharedImages, image_names
-from corpus.shard_texts import CONTROL_TOKENS as CONTROL_TOKENS  # noqa: PLC0414 - callers take it from here
 from corpus.shard_texts import Texts, messages, render_texts
 from corpus.storage import GrowingDigest, replacing, storage_errors
 from schemas.errors import RowError
