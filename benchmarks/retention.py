@@ -248,7 +248,7 @@ def main() -> int:
         year = simulate(name, num_nights=options.nights, keep=keep, **sizes_of)
         years.append(year)
         sizes = [(f"{name} after {night} nights, MB", f"{size / 1e6:.1f}") for night, size in year.sizes.items()]
-        print(*table_lines([*sizes, ("stops growing", is_level(year, keep))]), sep="\n", flush=True)
+        print(*table_lines([*sizes, ("stops growing", "yes" if is_level(year, keep) else "NO")]), sep="\n", flush=True)
     command = f"python -m benchmarks.retention --nights {options.nights} --task-runs {options.task_runs}"
     record = {
         "command": f"{command} --keep-days {options.keep_days:g}",

@@ -20,7 +20,7 @@ bimode notify                             have Prefect tell you of runs that fai
 bimode train --config my.yaml             train on a corpus: annealing, BPO, evaluation
 bimode pool status                        show who holds the GPUs and who waits; create the work pool
 bimode watch                              start a run that crashed once more, and keep Prefect's database small
-bimode prune                              remove old runs and events from Prefect's database
+bimode prune                              remove old runs and lost workers from Prefect's database
 bimode up --config my.yaml                start Prefect's server, a worker and the teacher on this machine
 bimode down                               stop what `up` started
 

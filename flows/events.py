@@ -17,7 +17,7 @@ and places: never a row, never a message that may quote one, never a secret.
 |                              | allow; the run stops, `bimode.run.failed` follows | max_quarantine_share, reasons     |
 | `bimode.run.failed`          | a run ended with an error (one whose process was  | stage, error (its class),         |
 |                              | killed cannot tell: `prefect.flow-run.Crashed`)   | exit_code                         |
-| `bimode.run.restarted`       | `bimode watch` started a run in place of one that | run, lost, flow, reason           |
+| `bimode.run.restarted`       | `bimode watch` started a run in place of one that | run, lost, flow                   |
 |                              | crashed; of the resource `bimode.run.ID`          |                                   |
 
 A training that waits for approval is Prefect's own `prefect.flow-run.Suspended` of the flow `train`.

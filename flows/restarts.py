@@ -1,6 +1,6 @@
 """Finds flow runs that nobody works on any more, records them as crashed, and starts each crashed run once more.
 
-    bimode watch [--api-url http://HOST:4200/api]          beside Prefect's server; `bimode up` starts it
+`flows.watching` looks through it every few seconds (`bimode watch`).
 
 A run is lost when its host dies or is cut off: it stays "Running" on the server, holds the only slot of its deployment,
 and nobody is told. It is known by its silence (`flows.heartbeats`). A crashed run is started again with its own
@@ -26,20 +26,14 @@ Left out: runs without a deployment, flows that are not ours, and deployments th
 
 from __future__ import annotations
 
-import argparse
-import logging
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from types import FrameType
 from uuid import UUID
 
 import httpx
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import (
     FlowFilter,
     FlowFilterName,
@@ -55,17 +49,11 @@ from prefect.client.schemas.responses import SetStateStatus
 from prefect.events import emit_event
 from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
-from prefect.settings import (
-    PREFECT_API_REQUEST_TIMEOUT,
-    PREFECT_API_URL,
-    PREFECT_CLIENT_MAX_RETRIES,
-    temporary_settings,
-)
 from prefect.states import Crashed, Scheduled
 
 from flows.events import RUN_RESTARTED
 from flows.heartbeats import HEARTBEAT, RESTART
-from flows.retention import Keep, prune
+from flows.processes import Report
 from flows.stack import STOPPED
 
 EVERY_SECONDS = 3.0
@@ -75,15 +63,10 @@ RESTARTED = "restarted"
 """Tag of a crashed run that another one has taken the place of."""
 _NO_LONGER = timedelta(hours=24)
 """A run that crashed before is history: who wants it starts it."""
-_REQUEST_SECONDS = 10.0
-_FIRST_PRUNE_SECONDS, _PRUNE_SECONDS = 300.0, 24 * 3600.0
 _PAGE = 200
 _SPOKEN_FROM, _SPOKEN_UNTIL = timedelta(days=1), timedelta(hours=1)
 """Hosts' clocks differ, so heartbeats are looked for in a wide time around now."""
 _WORKING = (StateType.RUNNING, StateType.PENDING)
-
-_log = logging.getLogger("bimode.watch")
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,72 +268,3 @@ class Watch:
         if run.flow_id not in self._flow_names:
             self._flow_names[run.flow_id] = self._client.read_flow(run.flow_id).name
         return self._flow_names[run.flow_id]
-
-
-def watch(
-    api_url: str,
-    report: Report,
-    stopped: threading.Event,
-    patience: Patience | None = None,
-    keep: Keep | None = None,
-) -> None:
-    """Looks every few seconds until it is told to stop, and prunes once a day. A server that is away is waited for."""
-    keep = keep or Keep.chosen()
-    with _client(api_url) as client:
-        watching, is_away, prune_at = Watch(client, report, patience), False, time.monotonic() + _FIRST_PRUNE_SECONDS
-        while not stopped.is_set():
-            try:
-                watching.look()
-                if time.monotonic() >= prune_at:
-                    prune_at = time.monotonic() + _PRUNE_SECONDS
-                    report(str(prune(client, keep)))
-                if is_away:
-                    report(f"the server at {api_url} answers again; silence counts from now on")
-                is_away = False
-            except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-                if not is_away:
-                    report(f"the server at {api_url} does not answer ({type(error).__name__}); waiting for it")
-                is_away = True
-            stopped.wait(EVERY_SECONDS)
-
-
-@contextmanager
-def _client(api_url: str) -> Iterator[SyncPrefectClient]:
-    settings = {
-        PREFECT_API_URL: api_url,
-        PREFECT_CLIENT_MAX_RETRIES: 0,  # it looks again anyway
-        PREFECT_API_REQUEST_TIMEOUT: _REQUEST_SECONDS,
-    }
-    with temporary_settings(settings), get_client(sync_client=True) as client:
-        yield client
-
-
-def watch_until_signalled(
-    api_url: str, report: Report, patience: Patience | None = None, keep: Keep | None = None
-) -> None:
-    """Watches until SIGTERM or SIGINT."""
-    stopped = threading.Event()
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        del number, frame
-        stopped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    watch(api_url, report, stopped, patience, keep)
-
-
-def main() -> None:
-    """Watches the server of PREFECT_API_URL; what `bimode up` starts."""
-    parser = argparse.ArgumentParser(prog="python -m flows.restarts", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--silence", type=float, default=CURATE_SECONDS, help="of a curation, in seconds")
-    options = parser.parse_args()
-    url = PREFECT_API_URL.value()
-    assert url is not None, "whoever starts this names the server"
-    logging.basicConfig(format="%(asctime)s %(message)s")
-    _log.setLevel(logging.INFO)
-    watch_until_signalled(url, _log.info, Patience.of_curation(options.silence))
-
-
-if __name__ == "__main__":
-    main()

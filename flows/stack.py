@@ -437,7 +437,7 @@ def _ensure_watch(folder: _Folder, report: Report) -> None:
     """Starts what watches the runs, unless ours runs; it waits for the server by itself."""
     if processes.recorded_pid(folder.pid("watch")) is None:
         report("starting the watch over runs")
-        _start(folder, "watch", [sys.executable, "-m", "flows.restarts"], api_url=folder.api_url)
+        _start(folder, "watch", [sys.executable, "-m", "flows.watching"], api_url=folder.api_url)
 
 
 # The teacher

@@ -24,10 +24,11 @@ def watch(
     its own parameters: never twice, and not if it is such a restart itself. Once a day, runs are removed that are older
     than BIMODE_KEEP_DAYS (30). Two watches do no harm.
     """
-    from flows import restarts  # noqa: PLC0415 - Prefect takes seconds to import
+    from flows import watching  # noqa: PLC0415 - Prefect takes seconds to import
+    from flows.restarts import Patience  # noqa: PLC0415
     from flows.retention import Keep  # noqa: PLC0415
 
     with user_errors():
         url, keep = known_url(api_url), Keep.chosen()
         say(f"watching {url}")
-        restarts.watch_until_signalled(url, say, restarts.Patience.of_curation(silence), keep)
+        watching.watch_until_signalled(url, say, Patience.of_curation(silence), keep)

@@ -74,7 +74,7 @@ class Cluster:
         """Starts PostgreSQL, Prefect's server and the watch, and waits for the server."""
         self.postgres.start()
         self.start_server()
-        command = [sys.executable, "-m", "flows.restarts", "--silence", str(self._silence)]
+        command = [sys.executable, "-m", "flows.watching", "--silence", str(self._silence)]
         self._start(self.control, "watch", command)
 
     def start_server(self) -> None:

@@ -23,9 +23,11 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 from typer.testing import CliRunner
 
 from flows.commands.watch import watch as watch_command
+from flows.events import RUN_RESTARTED
 from flows.heartbeats import HEARTBEAT, RESTART
-from flows.restarts import RESTARTED, Patience, Watch, watch
+from flows.restarts import RESTARTED, Patience, Watch
 from flows.stack import STOPPED
+from flows.watching import watch
 
 pytestmark = pytest.mark.usefixtures("prefect")
 PATIENCE = Patience({"curate": 25.0, "train": 100.0}, pending_seconds=180.0)
@@ -78,11 +80,15 @@ class Scene:
             event=HEARTBEAT, resource={"prefect.resource.id": f"prefect.flow-run.{run_id}"}, occurred=datetime.now(UTC)
         )
         self.client.request("POST", "/events", json=[event.model_dump(mode="json")])
-        wanted = {"filter": {"id": {"id": [str(event.id)]}, "occurred": {"since": "2020-01-01T00:00:00Z"}}}
+        self.event({"id": {"id": [str(event.id)]}})
+
+    def event(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Waits until the server shows an event, and returns it."""
         deadline = time.monotonic() + 60
-        while not self.client.request("POST", "/events/filter", json=wanted).json()["events"]:
-            assert time.monotonic() < deadline, "the server keeps no events"
+        while not (found := self.client.request("POST", "/events/filter", json={"filter": wanted}).json()["events"]):
+            assert time.monotonic() < deadline, "the server has no such event"
             time.sleep(0.2)
+        return dict(found[0])
 
 
 @pytest.fixture
@@ -108,6 +114,8 @@ def test_a_crashed_run_is_started_again_with_its_parameters_tags_and_queue(scene
     assert (again.deployment_id, again.work_queue_name) == (lost.deployment_id, lost.work_queue_name)
     assert RESTARTED in scene.client.read_flow_run(lost.id).tags
     assert [line for line in scene.lines if str(lost.id) in line and str(again.id) in line]
+    told = scene.event({"event": {"name": [RUN_RESTARTED]}, "resource": {"id": [f"bimode.run.{lost.id}"]}})
+    assert told["payload"] == {"run": str(again.id), "lost": str(lost.id), "flow": "curate"}
 
 
 def test_it_is_started_once_however_often_one_looks(scene: Scene) -> None:
@@ -128,7 +136,8 @@ def test_a_restart_that_crashes_is_not_started_again(scene: Scene) -> None:
     lost = scene.run(Running(), Crashed())
     scene.watch.look()
     (again,) = scene.restarts(lost)
-    for state in (Pending(), Running(), Crashed()):
+    steps: list[State[Any]] = [Pending(), Running(), Crashed()]
+    for state in steps:
         scene.client.set_flow_run_state(again.id, state)
     scene.look_for(60)
     assert scene.restarts(again) == []
