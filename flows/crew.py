@@ -23,7 +23,11 @@ from flows.stages import Progress
 _Result = TypeVar("_Result")
 
 MAX_TASKS = 64
-"""Of one step. A run has thirteen steps at most (two stages have three each), so fewer than a thousand tasks."""
+"""Of one step. A run has fourteen steps at most (duplicates have five, traces three): fewer than a thousand tasks."""
+
+TASKS_PER_WORKER = 8
+"""Of one step: so many that the last ones to end leave few workers idle, and so few that their cost does not show. On
+Ray a task costs about a quarter of a second."""
 
 
 class Crew(Protocol):
@@ -32,6 +36,10 @@ class Crew(Protocol):
     @property
     def task_runner(self) -> Any:
         """A new task runner of Prefect's for the subflow of one stage."""
+
+    @property
+    def num_workers(self) -> int:
+        """How many tasks are done at once."""
 
     def working(self, stage: str, progress: Progress) -> AbstractContextManager[None]:
         """Holds while the calls of a stage are done; their progress is counted in the one given."""
@@ -60,6 +68,10 @@ class ThreadCrew:
     def task_runner(self) -> Any:
         return ThreadPoolTaskRunner(max_workers=self._runtime.config.parallel_shards)
 
+    @property
+    def num_workers(self) -> int:
+        return self._runtime.config.parallel_shards
+
     @contextmanager
     def working(self, stage: str, progress: Progress) -> Iterator[None]:
         self._stage, self._progress = stage, progress
@@ -82,9 +94,9 @@ class ThreadCrew:
         return self._runtime.load(self._stage)
 
 
-def groups(names: Sequence[str], max_groups: int = MAX_TASKS) -> list[list[str]]:
-    """Returns consecutive names in at most so many groups, whose sizes differ by one at most."""
-    number = min(len(names), max_groups)
+def groups(names: Sequence[str], num_workers: int) -> list[list[str]]:
+    """Returns consecutive names in groups, one for each task, whose sizes differ by one at most."""
+    number = min(len(names), MAX_TASKS, TASKS_PER_WORKER * num_workers)
     bounds = [len(names) * place // number for place in range(number + 1)] if number else []
     return [list(names[start:stop]) for start, stop in pairwise(bounds)]
 

@@ -111,6 +111,15 @@ class RayCrew:
     def task_runner(self) -> Any:
         return RayTaskRunner()  # finds the connection of this process
 
+    @property
+    def num_workers(self) -> int:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        return max(1, int(resources.get("CPU", 1)) // self._cpus_per_task)
+
+    @property
+    def _cpus_per_task(self) -> int:
+        return self._settings.cpus_per_task or self._runtime.config.parallel_shards
+
     @contextmanager
     def working(self, stage: str, progress: Progress) -> Iterator[None]:
         self._stage, self._progress = stage, progress
@@ -123,9 +132,8 @@ class RayCrew:
         return _Order(self._runtime.config.model_dump_json(), list(calls), self._board, uuid4().hex)
 
     def submitting(self) -> AbstractContextManager[None]:
-        num_cpus = self._settings.cpus_per_task or self._runtime.config.parallel_shards
         options: AbstractContextManager[None] = remote_options(
-            num_cpus=num_cpus, max_retries=self._settings.max_retries
+            num_cpus=self._cpus_per_task, max_retries=self._settings.max_retries
         )
         return options
 

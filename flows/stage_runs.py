@@ -133,7 +133,7 @@ class _StageRun:
         with self._crew.submitting():
             futures = [
                 _submit(title, group_name(group), self._crew.order([calls[name] for name in group]))
-                for group in groups(list(calls))
+                for group in groups(list(calls), self._crew.num_workers)
             ]
         self._await_all(futures)
         return dict(zip(calls, (made for future in futures for made in future.result()), strict=True))

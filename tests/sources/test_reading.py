@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from schemas.config import ImageLimits, parse_config
 from schemas.errors import ConfigError, SourceError, StorageError
 from schemas.fates import count_stage, fates_to_table
 from schemas.samples import samples_to_table
-from sources import ImageStore, json_rows, plan_units, read_unit
+from sources import ImageStore, Unit, json_rows, parquet, plan_units, read_unit
 from tests.sources.conftest import Bench, png
 
 TEN = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(10)]
@@ -213,6 +214,56 @@ def test_parquet_rows_are_read_across_row_groups(bench: Bench) -> None:
     assert questions(outcome) == [f"q{i}" for i in range(100)]
     assert [unit.num_rows for unit in outcome.units] == [33, 33, 33, 1]
     assert outcome.samples[50].origin == "s:rows.parquet#50"
+
+
+def parquet_units(bench: Bench, row_group_size: int) -> tuple[Path, list[Unit], Callable[[Unit], list[Any]]]:
+    """Returns a file of 90 rows, its units of 20 rows, and what reads one."""
+    rows = [{"q": f"q{number}"} for number in range(90)]
+    path = write_parquet(bench.folder / "rows.parquet", rows, row_group_size=row_group_size)
+    units = plan_units(bench.config(path, stored_as="parquet", columns={"question": "q"}, shard_rows=20))
+    return path, units, lambda unit: list(parquet.read_rows(unit, columns=["q"]))
+
+
+def test_units_that_follow_one_another_decode_a_row_group_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, units, read = parquet_units(bench, 1000)
+    decoded: list[range] = []
+    rows_of_group = parquet._rows_of_group
+
+    def noted(file: Any, group: int, wanted: range, columns: list[str]) -> Any:
+        decoded.append(wanted)
+        return rows_of_group(file, group, wanted, columns)
+
+    monkeypatch.setattr(parquet, "_rows_of_group", noted)
+    read_in_order = [row["q"] for unit in units for row in read(unit)]
+    assert read_in_order == [f"q{number}" for number in range(90)]
+    assert decoded == [range(90)], "the whole file was decoded once"
+
+
+@pytest.mark.parametrize("row_group_size", [7, 33, 1000])
+def test_units_read_in_any_order_hold_their_own_rows(bench: Bench, row_group_size: int) -> None:
+    _, units, read = parquet_units(bench, row_group_size)
+    for number in (2, 3, 0, 1, 2, 4, 3, 4, 0):
+        unit = units[number]
+        assert [row["q"] for row in read(unit)] == [f"q{row}" for row in range(unit.start, unit.stop)]
+
+
+def test_a_file_that_changes_between_two_units_is_noticed(bench: Bench) -> None:
+    path, units, read = parquet_units(bench, 1000)
+    read(units[0])
+    write_parquet(path, [{"q": f"other{number}"} for number in range(91)])
+    with pytest.raises(SourceError, match="changed after the run was planned"):
+        read(units[1])
+
+
+def test_a_unit_that_is_not_read_to_its_end_leaves_no_file_open(bench: Bench) -> None:
+    _, units, read = parquet_units(bench, 1000)
+    begun = parquet.read_rows(units[0], columns=["q"])
+    next(begun)
+    begun.close()
+    assert parquet._left_open.reader is None
+    assert len(read(units[1])) == 20
+    read(units[4])
+    assert parquet._left_open.reader is None, "the last unit of a file closes it"
 
 
 def test_parquet_structs_lists_and_bytes_are_read(bench: Bench) -> None:
