@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from flows import telemetry
-from flows.crew import spread_here
+from flows.crew import in_threads
 from flows.curate import Curation
 from flows.publishing import Published
 from flows.runtime import Runtime
@@ -200,10 +200,11 @@ class PlainCuration(Curation):
     """The stages of the flow, planned, run, checked and published by its own code; shards in threads, not in tasks."""
 
     def _stage(self, stage: str, num_rows: int, plan: Callable[[Spread], Work]) -> None:
-        progress, num_threads = Progress(num_rows), self.config.parallel_shards
+        progress = Progress(num_rows)
 
         def spread(what: str, calls: Mapping[str, Call[_Result]]) -> dict[str, _Result]:
-            return spread_here(self.runtime, progress, num_threads, telemetry.watched(calls, what))
+            watched = telemetry.watched(calls, what)
+            return dict(zip(watched, in_threads(self.runtime, progress, watched.values()), strict=True))
 
         with telemetry.stage(stage, progress) as seen:
             self.markers[stage] = list(spread("", plan(spread)).values())

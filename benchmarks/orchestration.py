@@ -30,7 +30,8 @@ from benchmarks.cards import table_lines
 from flows.database import SQLITE, Database, sqlite_bytes
 from flows.retention import Keep
 from flows.stack import prefect_environment, server_environment
-from tests.cluster.postgres import free_port, running_postgres, why_unavailable
+from tests.cluster.postgres import running_postgres, why_unavailable
+from tests.waiting import free_port
 
 RESULT = Path(__file__).parent / "results" / "orchestration.json"
 ROOT = Path(__file__).parents[1]

@@ -13,12 +13,11 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from corpus.places import Place, is_address
-from corpus.storage import storage_errors
+from corpus.storage import empty_folder, storage_errors
 from corpus.versions import (
     COMPANIONS,
     MANIFEST,
@@ -91,7 +90,7 @@ def fetch_version(address: str, folder: Path) -> Path:
                     return copy
             except CorpusError as error:
                 _LOG.warning("%s is fetched again: %s", copy, error)
-        with _empty(folder / _FETCHING) as fetching:
+        with empty_folder(folder / _FETCHING) as fetching:
             _fetch(place, f"{name}/{MANIFEST}", fetching / MANIFEST)
             for path in _files(fetching, load_manifest(fetching), is_listed=True):
                 if place.has_file(f"{name}/{path}"):
@@ -167,15 +166,3 @@ def _fetch(place: Place, name: str, path: Path) -> None:
     with place.fetched(name) as copy, storage_errors(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(copy, path)
-
-
-@contextmanager
-def _empty(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder, which is removed unless it was moved away."""
-    with storage_errors(folder, "prepare"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -6,7 +6,7 @@ A task, as Prefect sees it, is a group of consecutive shards. However many rows 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import pairwise
@@ -106,9 +106,7 @@ def group_name(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def spread_here(
-    runtime: Runtime, progress: Progress, num_threads: int, calls: Mapping[str, Call[_Result]]
-) -> dict[str, _Result]:
-    """Does calls in threads of this process, without Prefect. Returns their results by the same names, in order."""
-    with ThreadPoolExecutor(num_threads) as threads:
-        return dict(zip(calls, threads.map(lambda call: call(runtime, progress), calls.values()), strict=True))
+def in_threads(runtime: Runtime, progress: Progress, calls: Iterable[Call[_Result]]) -> list[_Result]:
+    """Does calls in threads of this process, `parallel_shards` at once. Returns their results in order."""
+    with ThreadPoolExecutor(runtime.config.parallel_shards) as threads:
+        return list(threads.map(lambda call: call(runtime, progress), calls))

@@ -8,9 +8,8 @@ words for the rows that go.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,7 +17,7 @@ from typing import Protocol
 import numpy as np
 import pyarrow as pa
 
-from corpus.storage import replacing, storage_errors
+from corpus.storage import empty_folder, replacing, storage_errors
 from filters.duplicates import Removals, clashing_ids
 from filters.feature_files import FeatureTable, read_arrow, write_arrow
 from filters.features import PictureNames
@@ -81,17 +80,9 @@ def plan_traces(runtime: Runtime, markers: Sequence[Marker], spread: Spread) -> 
         return rows.by_shard(rows.traces(shuffle.search(search, markers)))
 
 
-@contextmanager
-def _pieces_folder(runtime: Runtime, stage: str) -> Iterator[Path]:
-    """Yields an empty folder that all workers see, and removes it. Raises StorageError."""
-    folder = runtime.workspace.root / "stages" / stage / "pieces"
-    with storage_errors(folder, "clean up"):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def _pieces_folder(runtime: Runtime, stage: str) -> AbstractContextManager[Path]:
+    """An empty folder that all workers see, while it is held. Raises StorageError."""
+    return empty_folder(runtime.workspace.root / "stages" / stage / "pieces")
 
 
 def _num_parts(markers: Sequence[Marker]) -> int:

@@ -18,7 +18,6 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,12 +26,13 @@ from uuid import uuid4
 from prefect.futures import PrefectFuture
 
 from flows.accounting import Accounts, Load, stage_total
+from flows.crew import in_threads
 from flows.runtime import Runtime
 from flows.shard_calls import Call
 from flows.stages import Progress
 from schemas.config import RayConfig, RunConfig
 from schemas.errors import ConfigError
-from schemas.usage import Ledger, Usage, UsageKey, merged_ledgers
+from schemas.usage import Ledger, merged_ledgers
 
 try:
     import ray
@@ -124,9 +124,8 @@ class RayCrew:
     def working(self, stage: str, progress: Progress) -> Iterator[None]:
         self._stage, self._progress = stage, progress
         ray.get(self._board.clear.remote())
-        with self._runtime.accounts.counted(self._paid):
+        with self._runtime.accounts.counted(lambda: self._told().paid):
             yield
-            self.look()
 
     def order(self, calls: Sequence[Call[_Result]]) -> Callable[[], list[_Result]]:
         return _Order(self._runtime.config.model_dump_json(), list(calls), self._board, uuid4().hex)
@@ -142,14 +141,13 @@ class RayCrew:
         return bool(ended)
 
     def look(self) -> Load:
-        total: Report = ray.get(self._board.total.remote())
+        total = self._told()
         self._progress.show(num_done=total.num_done, num_skipped=total.num_skipped)
-        paid = stage_total(self._runtime.accounts.paid(), self._stage)
-        return Load(paid, total.num_in_flight, total.num_waiting)
+        return Load(stage_total(total.paid, self._stage), total.num_in_flight, total.num_waiting)
 
-    def _paid(self) -> dict[UsageKey, Usage]:
+    def _told(self) -> Report:
         total: Report = ray.get(self._board.total.remote())
-        return dict(total.paid)
+        return total
 
 
 @contextmanager
@@ -185,11 +183,8 @@ class _Order:
     def __call__(self) -> list[Any]:
         runtime, progress = _runtime(self._settings), Progress(0)
         runtime.accounts = Accounts()
-        with (
-            _reporting(self._board, self._task, runtime, progress),
-            ThreadPoolExecutor(runtime.config.parallel_shards) as threads,
-        ):
-            return list(threads.map(lambda call: call(runtime, progress), self._calls))
+        with _reporting(self._board, self._task, runtime, progress):
+            return in_threads(runtime, progress, self._calls)
 
 
 @contextmanager
@@ -198,8 +193,10 @@ def _reporting(board: Any, task: str, runtime: Runtime, progress: Progress) -> I
     attempt, ended = uuid4().hex, threading.Event()
 
     def put() -> Any:
-        load = runtime.load("")
-        report = Report(progress.num_done, progress.num_skipped, runtime.paid(), load.num_in_flight, load.num_waiting)
+        seen = runtime.snapshot()
+        report = Report(
+            progress.num_done, progress.num_skipped, seen.paid, seen.num_in_flight, sum(seen.num_waiting.values())
+        )
         return board.put.remote(task, attempt, report)
 
     def keep_telling() -> None:

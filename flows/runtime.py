@@ -31,7 +31,7 @@ from judges.sampling_plan import SamplingPlans
 from schemas.config import EndpointConfig, RunConfig
 from schemas.context import outside_shards
 from schemas.requests import CallFailure, Reply, TeacherRequest
-from schemas.usage import Usage, UsageKey
+from schemas.usage import Usage
 from sources import ImageStore
 from teacher import serving
 from teacher.client import Teacher, reply_key
@@ -98,20 +98,15 @@ class Runtime:
 
     def load(self, stage: str) -> Load:
         """Returns what is going on at the endpoints, and what the stage has paid; called outside the event loop."""
-        return Load() if self._loop is None else self.run(self._load(stage))
+        seen = self.snapshot()
+        return Load(stage_total(seen.paid, stage), seen.num_in_flight, sum(seen.num_waiting.values()))
 
-    def paid(self) -> dict[UsageKey, Usage]:
-        """Returns what this process has paid so far; called outside the event loop."""
-        return self.accounts.paid() if self._loop is None else self.run(self._paid())
+    def snapshot(self) -> RuntimeView:
+        """Returns what goes on now, exactly, however long the event loop takes to tell; called outside of it."""
+        return self._view() if self._loop is None else self.run(self._shown())
 
-    async def _paid(self) -> dict[UsageKey, Usage]:
-        return self.accounts.paid()
-
-    async def _load(self, stage: str) -> Load:
-        paid = stage_total(self.accounts.paid(), stage)
-        addresses = [group.addresses for group in self._groups.values()]
-        num_in_flight = sum(address.num_in_flight for known in addresses for address in known.all)
-        return Load(paid, num_in_flight, sum(known.num_waiting for known in addresses))
+    async def _shown(self) -> RuntimeView:
+        return self._view()
 
     def view(self) -> RuntimeView:
         """Returns what goes on now, for those that only look; called in any thread but the event loop's, at any time.

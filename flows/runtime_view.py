@@ -41,6 +41,11 @@ class RuntimeView:
     verdicts: Mapping[str, int] = field(default_factory=dict)
     num_comparing: int = 0
 
+    @property
+    def num_in_flight(self) -> int:
+        """Sequences that engines have."""
+        return sum(endpoint.num_in_flight for endpoint in self.endpoints)
+
 
 class CountedVerifiers(VerifierPool):
     """A `VerifierPool` that counts what it is asked in the event loop."""

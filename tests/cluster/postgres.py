@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.cluster.hosts import Host, HostProcess
+from tests.waiting import free_port
 
 _START_SECONDS = 120.0
 _UNPRIVILEGED = "nobody"
@@ -30,12 +30,6 @@ def programs_folder() -> Path | None:
 def why_unavailable() -> str | None:
     """Returns why no PostgreSQL can be started here, or None if one can."""
     return None if programs_folder() else "missing: postgres and initdb (Debian's package postgresql)"
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Postgres:

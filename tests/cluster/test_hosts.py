@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.cluster.hosts import Host, Network, why_unavailable
+from tests.waiting import wait_for
 
 MAKER = """
 import time
@@ -43,13 +43,6 @@ def reaches(one: Host, address: str, port: int = 8000) -> bool:
     program = f"import socket; socket.create_connection(('{address}', {port}), 1)"
     done = subprocess.run(one.enter([sys.executable, "-c", program]), capture_output=True, check=False)
     return done.returncode == 0
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
 
 
 def test_a_host_that_is_cut_off_is_not_reached_until_it_is_plugged_in_again(network: Network, tmp_path: Path) -> None:

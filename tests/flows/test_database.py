@@ -13,7 +13,8 @@ from flows.database import SQLITE, VARIABLE, check_database, chosen_database, pa
 from flows.stack import prefect_environment
 from schemas.errors import ConfigError
 from tests.cluster import postgres
-from tests.cluster.postgres import Postgres, free_port, running_postgres
+from tests.cluster.postgres import Postgres, running_postgres
+from tests.waiting import free_port
 
 SECRET = "planted-Pa55word"
 DEPLOYMENT = """

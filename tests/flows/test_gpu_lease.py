@@ -23,6 +23,7 @@ from flows.gpu_lease import MARK, Holder, Lease, Leases, Terms
 from flows.gpu_queue import PRIORITY_STEP_SECONDS, Priority, Request
 from schemas.errors import ConfigError, Interrupted, StorageError
 from tests.flows.gpu_contender import contend
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 FRESH = get_context("forkserver")
@@ -40,13 +41,6 @@ def host_with(folder: Path, number: int) -> GpuHost:
 
 def request_for(leases: Leases, number: int, name: str = "a training", priority: Priority = "default") -> Request:
     return Request("training", name, tuple(device.key for device in leases.host.devices), number, priority)
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 class Contenders:

@@ -7,15 +7,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -37,6 +36,7 @@ from schemas.overrides import SECTIONS, SETTINGS
 from tests.flows.chromium import Chromium, chromium_path
 from tests.flows.scripted_world import scripted_answer, write_config, write_questions
 from tests.replay_teacher import ReplayTeacher
+from tests.waiting import free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "![x](http://127.0.0.1:{port}/md.png)<img src=http://127.0.0.1:{port}/html.png>.png"
@@ -123,12 +123,16 @@ class Site:
         return stack.status().api_url
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """Returns what Prefect's server replies. A busy one (503, its database is locked) is asked again."""
-        for _ in range(60):
-            reply = httpx.request(method, self.api_url + path, json=body, timeout=60, trust_env=False)
-            if reply.status_code != httpx.codes.SERVICE_UNAVAILABLE:
-                break
-            time.sleep(1)
+        """Returns what Prefect's server replies. A busy one (503 or silence: a locked database) is asked again."""
+
+        def ask() -> httpx.Response | None:
+            try:
+                found = httpx.request(method, self.api_url + path, json=body, timeout=60, trust_env=False)
+            except httpx.ReadTimeout:
+                return None
+            return None if found.status_code == httpx.codes.SERVICE_UNAVAILABLE else found
+
+        reply = wait_for(ask, every=1)
         reply.raise_for_status()
         return reply.json() if reply.content else None
 
@@ -137,6 +141,7 @@ class Site:
         body = {
             "parameters": found["parameters"] | {"config": "run.yaml"} | parameters,
             "state": {"type": "SCHEDULED"},
+            "idempotency_key": str(uuid4()),
         }
         return str(self.call("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
@@ -152,8 +157,9 @@ class Site:
         return "\n".join(line["message"] for line in found)
 
     def events(self, name: str) -> list[dict[str, Any]]:
-        found = self.call("POST", "/events/filter", {"filter": {"event": {"name": [name]}}})
-        return list(found["events"])
+        """Returns what was told under this name, waiting for the first: the server writes events in batches, late."""
+        body = {"filter": {"event": {"name": [name]}}}
+        return wait_for(lambda: self.call("POST", "/events/filter", body)["events"])
 
     def artifact(self, run_id: str, key: str) -> dict[str, Any]:
         return next(artifact for artifact in self.artifacts(run_id) if artifact["key"] == key)
@@ -161,19 +167,6 @@ class Site:
     def artifacts(self, run_id: str) -> list[dict[str, Any]]:
         body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
         return list(self.call("POST", "/artifacts/filter", body))
-
-
-def wait_for(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 300
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.3)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def make_home(home: Path, teacher: ReplayTeacher, receiver: Receiver) -> None:

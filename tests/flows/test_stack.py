@@ -24,6 +24,7 @@ from flows.processes import StackError
 from schemas.config import load_config
 from schemas.errors import ConfigError, ServingError
 from teacher import serving
+from tests.waiting import free_port
 
 CONFIG = "name: tiny\nsources: [{name: rows, format: jsonl, path: rows.jsonl}]\n"
 SERVED = "teacher: {model: small, url: 'http://127.0.0.1:%d/v1'}\nserve: {model_path: weights}\n"
@@ -50,12 +51,6 @@ def wait(seconds: float, note: str) -> None:
 
 def say_nothing(line: str) -> None:
     del line
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

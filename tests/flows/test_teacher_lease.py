@@ -31,20 +31,13 @@ from schemas.config import EndpointConfig, RunConfig, ServeConfig
 from schemas.errors import Interrupted
 from teacher import launcher, serving
 from tests.teacher.test_serving import Stand
+from tests.waiting import wait_for
 
 FRESH = get_context("forkserver")
 
 
 def say_nothing(line: str) -> None:
     del line
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
-    return found
 
 
 class Machine:

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Thread
@@ -49,6 +49,7 @@ from schemas.errors import ConfigError, CorpusError
 from schemas.training_config import TrainingConfig, load_training_config
 from tests.flows.small_corpus import write_version
 from tests.teacher.test_serving import Stand
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_program.py")
@@ -123,14 +124,6 @@ def folders_of(result: dict[str, Any]) -> dict[str, Path]:
 
 def began_at(folder: Path) -> int:
     return int(json.loads((folder / "result.json").read_text(encoding="utf-8"))["began"])
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 300.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.2)
-    return found
 
 
 # The configuration and the plan

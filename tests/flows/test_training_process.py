@@ -31,6 +31,7 @@ from flows.training_process import (
     run_supervised,
 )
 from schemas.errors import ConfigError, Interrupted, StorageError, TrainingError
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 STAND_IN = Path(__file__).with_name("stand_in_program.py")
@@ -74,13 +75,6 @@ def run(folder: Path, *, stop_seconds: float = 20.0, watch: Callable[[], None] =
 
 def result_of(folder: Path) -> dict[str, Any]:
     return dict(json.loads((folder / "result.json").read_text(encoding="utf-8")))
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def living(folder: Path) -> dict[int, dict[str, str]]:

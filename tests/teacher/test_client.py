@@ -38,6 +38,7 @@ from tests.replay_teacher import (
     constrained_completion,
     image_urls,
 )
+from tests.waiting import free_port
 
 
 def request_of(number: int = 0, **changes: Any) -> TeacherRequest:
@@ -341,12 +342,6 @@ async def test_the_key_comes_from_the_environment_and_is_never_told(
         with pytest.raises(TeacherMisconfigured, match="MY_KEY") as caught:
             await b.teacher.check()
         assert "wrong-one" not in str(caught.value)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +11,7 @@ import pytest
 from flows.runtime import Runtime
 from flows.telemetry import WatchedRun, tracing
 from teacher.fault_server import Fault, FaultSchedule
+from tests import waiting
 from tests.flows.conftest import EMPTY_CHART
 from tests.flows.telemetry.watched_world import OtlpReceiver, Seen, cards, curate_watched, scrape
 
@@ -54,7 +54,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     faults = FaultSchedule(share=0.2, kinds=(Fault.RESET, Fault.SERVER_ERROR, Fault.RATE_LIMIT, Fault.CUT_JSON))
     with pytest.MonkeyPatch.context() as patch, OtlpReceiver() as receiver, tracing_to(receiver, patch):
         patch.setattr("corpus.charts._svg", lambda spec, width: EMPTY_CHART)
-        port = free_port_now()
+        port = waiting.free_port()
         for name, value in {
             "BIMODE_LOG_FORMAT": "json",
             "BIMODE_LOG_FILE": "logs/run.jsonl",
@@ -71,22 +71,16 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
             def look(run: WatchedRun, runtime: Runtime) -> None:
                 assert run.port == port
                 seen.scrapes.append(scrape(port))
-                seen.paid, seen.verdicts = runtime.paid(), dict(runtime.verifiers.verdicts)
+                seen.paid, seen.verdicts = runtime.snapshot().paid, dict(runtime.verifiers.verdicts)
 
             seen.published = curate_watched(config, look)
             seen.calls = list(teacher.calls)
     return seen
 
 
-def free_port_now() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port: int = held.getsockname()[1]
-    return port
-
-
 @pytest.fixture
 def free_port() -> int:
-    return free_port_now()
+    return waiting.free_port()
 
 
 @pytest.fixture
