@@ -36,6 +36,7 @@ from flows.artifact_texts import Places
 from flows.artifacts import RunArtifacts
 from flows.crew import Crew, ThreadCrew
 from flows.decontaminating import Benchmarks
+from flows.garbage import collected_rarely
 from flows.holding import held
 from flows.moved_replies import fetch_moved
 from flows.publishing import Published
@@ -89,6 +90,10 @@ class Curation:
 
     def run(self) -> Published:
         """Runs every stage and publishes the corpus. Raises BimodeError: with what to do."""
+        with collected_rarely():
+            return self._run()
+
+    def _run(self) -> Published:
         before = ""
         for stage in stages.stages_of(self.config):
             self.stage = stage

@@ -27,6 +27,7 @@ from prefect.futures import PrefectFuture
 
 from flows.accounting import Accounts, Load, stage_total
 from flows.crew import in_threads
+from flows.garbage import collect_rarely
 from flows.runtime import Runtime
 from flows.shard_calls import Call
 from flows.stages import Progress
@@ -222,6 +223,7 @@ def _runtime(settings: str) -> Runtime:
         for runtime in _made.values():
             runtime.close()
         _made.clear()
+        collect_rarely()
         config = RunConfig.model_validate_json(settings)
         # A task has a processor or a few of its own node; the verifiers of all tasks together are many.
         verification = config.verification.model_copy(update={"num_workers": 1})

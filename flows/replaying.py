@@ -34,7 +34,7 @@ from schemas.samples import AnswerType, Kind, Sample
 from schemas.template import Completion
 from schemas.usage import Ledger, Usage, UsageKey, merged_ledgers
 from schemas.verdicts import Verdict, correct
-from teacher.client import reply_key
+from teacher.client import ReplyKeys
 from teacher.journal import Journal
 
 NOT_STORED = "reply_not_stored"
@@ -80,6 +80,7 @@ class StoredReplies:
 
     def __init__(self, journal: Journal, endpoint: EndpointConfig) -> None:
         self.endpoint = endpoint
+        self._keys = ReplyKeys(endpoint)
         self._journal = journal
         self._asked: set[str] = set()
         self._num_asked: Counter[tuple[str, str]] = Counter()
@@ -88,16 +89,15 @@ class StoredReplies:
 
     async def ask(self, request: TeacherRequest) -> Reply:
         """Returns the stored reply. Raises ReplyNotStored."""
-        key = reply_key(request, self.endpoint)
+        key = self._keys.key(request)
         reply = self._journal.lookup(key)
         if reply is None:
             raise ReplyNotStored(request, self.endpoint.model)
         self._count(key, request, reply)
         # All samples of a question share this; the one with the highest index stays.
-        question = (request.messages, request.sampling, request.choices, request.seed - request.index)
-        last = self._last.get(question)
+        last = self._last.get(request.question)
         if last is None or last.index < request.index:
-            self._last[question] = request
+            self._last[request.question] = request
         return reply
 
     async def ask_samples(self, requests: Sequence[TeacherRequest]) -> list[Reply | CallFailure]:
@@ -105,7 +105,7 @@ class StoredReplies:
         return [await self.ask(request) for request in requests]
 
     def is_stored(self, request: TeacherRequest) -> bool:
-        return reply_key(request, self.endpoint) in self._journal
+        return self._keys.key(request) in self._journal
 
     def count_rest(self, stored: Mapping[tuple[str, str], int] | None) -> None:
         """Counts further samples of the questions asked: a wave may have brought more than settle the label.
@@ -117,7 +117,7 @@ class StoredReplies:
             if stored is not None and self._num_asked[asker] == stored.get(asker):
                 continue
             further = request.sample(request.index + 1)
-            while reply := self._journal.lookup(key := reply_key(further, self.endpoint)):
+            while reply := self._journal.lookup(key := self._keys.key(further)):
                 self._count(key, further, reply)
                 further = further.sample(further.index + 1)
 
@@ -139,7 +139,7 @@ def _cost(replies: Sequence[Reply]) -> Usage:
     """Returns the sum of `Usage.of_stored` over replies, at once."""
     firsts = [reply for reply in replies if reply.choice == 0]
     retries = sum(reply.num_attempts - 1 for reply in firsts)
-    return replace(Usage.of_replies(replies), num_calls=len(firsts), num_retries=retries)
+    return Usage.of_replies(replies, num_calls=len(firsts), num_retries=retries)
 
 
 class _NothingToPlan(SamplingPlans):

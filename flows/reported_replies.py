@@ -30,7 +30,7 @@ from schemas.question import render_question
 from schemas.requests import CallFailure, Reply, TeacherRequest
 from schemas.samples import SAMPLE_SCHEMA, Kind, Sample, table_to_samples
 from schemas.verdicts import Verdict
-from teacher.client import reply_key
+from teacher.client import ReplyKeys
 from teacher.compacted import stored_reply
 from teacher.replies import scan_replies
 
@@ -128,10 +128,10 @@ class _DeskOfReplies:
     def __init__(self, replies: Iterable[_Stored], used: set[str], endpoint: EndpointConfig) -> None:
         self._replies = {one.key: one.reply for one in replies}
         self._used = used
-        self._endpoint = endpoint
+        self._keys = ReplyKeys(endpoint)
 
     async def ask(self, request: TeacherRequest) -> Reply | CallFailure:
-        key = reply_key(request, self._endpoint)
+        key = self._keys.key(request)
         if key not in self._replies:
             return CallFailure("reply_not_stored", f"no reply to {request.purpose} {request.index} is stored")
         self._used.add(key)
@@ -141,7 +141,7 @@ class _DeskOfReplies:
         return [await self.ask(request) for request in requests]
 
     def is_stored(self, request: TeacherRequest) -> bool:
-        return reply_key(request, self._endpoint) in self._replies
+        return self._keys.key(request) in self._replies
 
 
 async def _used_keys(runtime: Runtime, row: WorkRow, replies: Sequence[_Stored]) -> set[str]:

@@ -34,7 +34,7 @@ from schemas.requests import CallFailure, Reply, TeacherRequest
 from schemas.usage import Usage
 from sources import ImageStore
 from teacher import serving
-from teacher.client import Teacher, reply_key
+from teacher.client import Teacher
 from teacher.group import EndpointGroup
 from teacher.journal import Journal
 
@@ -263,7 +263,7 @@ class Asker:
         self._runtime = runtime
         self._is_open = False
         self._began_empty = len(teacher.journal) == 0
-        self._questions: dict[TeacherRequest, _Question] = {}
+        self._questions: dict[tuple[object, ...], _Question] = {}
         self._costs: dict[tuple[str, str], Usage] = {}
         self._shares: dict[str, Usage] = {}
 
@@ -293,7 +293,7 @@ class Asker:
 
     def is_stored(self, request: TeacherRequest) -> bool:
         """Returns whether the reply is in the journal, so that asking costs nothing."""
-        return reply_key(request, self._teacher.endpoint) in self._teacher.journal
+        return self._teacher.keys.key(request) in self._teacher.journal
 
     def count_stored(self) -> None:
         """Counts the samples of the questions asked that nobody needed this time, but that were paid for before.
@@ -305,7 +305,7 @@ class Asker:
             return
         for question in self._questions.values():
             request = question.request.sample(max(question.indices) + 1)
-            while reply := self._teacher.journal.lookup(reply_key(request, self._teacher.endpoint)):
+            while reply := self._teacher.journal.lookup(self._teacher.keys.key(request)):
                 self._count(request, reply)
                 request = request.sample(request.index + 1)
 
@@ -327,13 +327,13 @@ class Asker:
 
     def _count(self, request: TeacherRequest, reply: Reply) -> None:
         """Counts a stored reply once, however often it is asked for; who asks is no part of the question."""
-        first = replace(request.sample(0), sample_id="", purpose="")
-        question = self._questions.setdefault(first, _Question(request))
+        question = self._questions.setdefault(request.question, _Question(request))
         if request.index in question.indices:
             return
         question.indices.add(request.index)
-        row = (request.sample_id, request.purpose)
-        self._costs[row] = self._costs.get(row, Usage()) + Usage.of_stored(reply)
+        row, cost = (request.sample_id, request.purpose), Usage.of_stored(reply)
+        before = self._costs.get(row)
+        self._costs[row] = cost if before is None else before + cost
 
 
 @asynccontextmanager

@@ -58,6 +58,8 @@ def num_needed(verdicts: Sequence[Verdict], config: PerformanceConfig, *, is_aud
         verdicts_that_settle = verdicts[:num_samples]
     else:
         verdicts_that_settle = verdicts
+    if not verdicts:
+        return num_samples
     if any(verdict.is_correct for verdict in verdicts_that_settle):
         return 0
     num_scored = sum(verdict.is_scored for verdict in verdicts)

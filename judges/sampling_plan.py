@@ -30,6 +30,8 @@ PRIOR_REPLY_TOKENS = 500.0
 """A question with one image, and a reply of usual length; they weigh as much as one call."""
 FIRST_ROWS = 32
 """So many rows of a source begin before anything is learned."""
+STEADY_REPLIES = 64
+"""After so many replies a single one hardly moves the estimates: the plan is made again for each 64th part more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,9 @@ class LearnedPlan:
         self._reply_tokens = min(PRIOR_REPLY_TOKENS, config.max_tokens / 2)
         self._turns = asyncio.Semaphore(FIRST_ROWS)
         self._num_begun = 0
+        self._num_observed = 0
+        self._waves: tuple[int, ...] = ()
+        self._stale_from = 0
 
     @asynccontextmanager
     async def turn(self, *, is_first: bool) -> AsyncIterator[None]:
@@ -126,7 +131,10 @@ class LearnedPlan:
 
     def next_wave(self, num_wrong: int) -> int:
         """Returns how many samples to ask for at once when so many scored answers were wrong and none right."""
-        return best_waves(self.survival, self.costs)[num_wrong]
+        if self._num_observed >= self._stale_from:
+            self._waves = best_waves(self.survival, self.costs)
+            self._stale_from = self._num_observed + 1 + self._num_observed // STEADY_REPLIES
+        return self._waves[num_wrong]
 
     @property
     def survival(self) -> tuple[float, ...]:
@@ -157,6 +165,7 @@ class LearnedPlan:
     def observe_verdicts(self, verdicts: Sequence[Verdict], num_known: int) -> None:
         """Learns from a row's verdicts, in order of index, of which the first `num_known` were observed before."""
         num_wrong = 0
+        self._num_observed += 1
         for index, verdict in enumerate(verdicts):
             if not verdict.is_scored:
                 continue
@@ -170,6 +179,7 @@ class LearnedPlan:
     def observe_reply(self, reply: Reply, index: int) -> None:
         """Learns from the token counts of a reply. index: of the sample; 0 belongs to a row's first call."""
         self._num_replies += 1
+        self._num_observed += 1
         self._reply_tokens += reply.completion_tokens
         if reply.choice == 0:
             prompts = self._later_prompts if index else self._first_prompts

@@ -47,35 +47,25 @@ class Usage:
         return Usage(*map(operator.add, _counts(self), _counts(other)))
 
     @classmethod
-    def of_reply(cls, reply: Reply) -> Usage:
-        """Returns what one reply adds to its call: the prompt of a call belongs to its first choice."""
-        is_first = reply.choice == 0
-        return cls(
-            num_replies=1,
-            prompt_tokens=reply.prompt_tokens if is_first else 0,
-            completion_tokens=reply.completion_tokens,
-            cached_tokens=reply.cached_tokens if is_first else 0,
-            seconds=reply.seconds if is_first else 0.0,
-        )
-
-    @classmethod
-    def of_replies(cls, replies: Sequence[Reply]) -> Usage:
-        """Returns what the replies of one call add to it: the sum of `of_reply`, at once."""
+    def of_replies(cls, replies: Sequence[Reply], *, num_calls: int = 0, num_retries: int = 0) -> Usage:
+        """Returns what replies add to their calls: the prompt of a call belongs to its first choice."""
         firsts = [reply for reply in replies if reply.choice == 0]
         return cls(
+            num_calls=num_calls,
             num_replies=len(replies),
-            prompt_tokens=sum(reply.prompt_tokens for reply in firsts),
-            completion_tokens=sum(reply.completion_tokens for reply in replies),
-            cached_tokens=sum(reply.cached_tokens for reply in firsts),
-            seconds=sum(reply.seconds for reply in firsts),
+            num_retries=num_retries,
+            prompt_tokens=sum([reply.prompt_tokens for reply in firsts]),
+            completion_tokens=sum([reply.completion_tokens for reply in replies]),
+            cached_tokens=sum([reply.cached_tokens for reply in firsts]),
+            seconds=sum([reply.seconds for reply in firsts]),
         )
 
     @classmethod
     def of_stored(cls, reply: Reply) -> Usage:
         """Returns what a stored reply cost, whoever paid: its call, too, if it is the first choice of that."""
         if reply.choice:
-            return cls.of_reply(reply)
-        return cls.of_reply(reply) + cls(num_calls=1, num_retries=reply.num_attempts - 1)
+            return cls.of_replies([reply])
+        return cls.of_replies([reply], num_calls=1, num_retries=reply.num_attempts - 1)
 
     @property
     def is_gpu_time_whole(self) -> bool:

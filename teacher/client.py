@@ -16,7 +16,7 @@ from types import TracebackType
 
 from schemas.config import EndpointConfig
 from schemas.errors import BimodeError, StorageError
-from schemas.requests import CallFailure, ModelIdentity, Reply, TeacherRequest, request_key
+from schemas.requests import CallFailure, ModelIdentity, Reply, RequestKeys, TeacherRequest
 from schemas.usage import Usage
 from teacher.endpoints import Revive
 from teacher.group import Answer, EndpointGroup
@@ -27,15 +27,26 @@ Outcome = Reply | CallFailure
 
 
 def reply_key(request: TeacherRequest, endpoint: EndpointConfig) -> str:
-    """Returns the journal key of a request to an endpoint.
+    """Returns the journal key of one request to an endpoint, see `ReplyKeys`."""
+    return ReplyKeys(endpoint).key(request)
+
+
+class ReplyKeys:
+    """The journal keys of requests to one endpoint.
 
     How far images are reduced shapes the reply of a request that has some, so it is part of the key; how they travel
     does not, and is not.
     """
-    extra_body = dict(endpoint.extra_body)
-    if any(message.images for message in request.messages):
-        extra_body["bimode:max_image_pixels"] = endpoint.max_image_pixels
-    return request_key(request, ModelIdentity(endpoint.model, endpoint.revision, extra_body))
+
+    def __init__(self, endpoint: EndpointConfig) -> None:
+        seen = {**endpoint.extra_body, "bimode:max_image_pixels": endpoint.max_image_pixels}
+        self._of_texts = RequestKeys(ModelIdentity(endpoint.model, endpoint.revision, endpoint.extra_body))
+        self._of_images = RequestKeys(ModelIdentity(endpoint.model, endpoint.revision, seen))
+
+    def key(self, request: TeacherRequest) -> str:
+        """Returns the key of a request."""
+        has_images = any(message.images for message in request.messages)
+        return (self._of_images if has_images else self._of_texts).key(request)
 
 
 class Teacher:
@@ -60,11 +71,12 @@ class Teacher:
     ) -> None:
         self.endpoint = endpoint
         self.journal = journal
+        self.keys = ReplyKeys(endpoint)
         self._owns_group = group is None
         self.group = group or EndpointGroup(
             endpoint, read_image, image_path, revive=revive, first_backoff_seconds=first_backoff_seconds
         )
-        self._under_way: dict[str, asyncio.Future[Outcome]] = {}
+        self._under_way: dict[str, list[asyncio.Future[Outcome]]] = {}
         self._calls: set[asyncio.Task[None]] = set()
         self._usage: dict[str, Usage] = {}
         self._fatal: BimodeError | None = None
@@ -108,20 +120,25 @@ class Teacher:
         """
         found: list[Outcome | asyncio.Future[Outcome]] = []
         missing: list[tuple[str, TeacherRequest]] = []
-        num_reused = 0
+        loop = asyncio.get_running_loop()
         for request in requests:
-            key = reply_key(request, self.endpoint)
-            known: Outcome | asyncio.Future[Outcome] | None = self.journal.lookup(key) or self._under_way.get(key)
-            num_reused += known is not None
-            if known is None:
-                known = self._under_way[key] = asyncio.get_running_loop().create_future()
+            key = self.keys.key(request)
+            known = self.journal.lookup(key)
+            if known is not None:
+                found.append(known)
+                continue
+            if key not in self._under_way:
+                self._under_way[key] = []
                 missing.append((key, request))
-            found.append(known)
-        if num_reused:
-            self._count(requests[0], Usage(num_reused=num_reused))
+            # Each asker has a future of its own: who gives up waiting does not take the outcome from the others.
+            waiter: asyncio.Future[Outcome] = loop.create_future()
+            self._under_way[key].append(waiter)
+            found.append(waiter)
+        if len(missing) < len(requests):
+            self._count(requests[0], Usage(num_reused=len(requests) - len(missing)))
         for run in _runs(missing, together=self.group.takes_several_choices):
             self._begin(run)
-        return [await _outcome(item) if isinstance(item, asyncio.Future) else item for item in found]
+        return [await item if isinstance(item, asyncio.Future) else item for item in found]
 
     def _begin(self, run: list[tuple[str, TeacherRequest]]) -> None:
         call = asyncio.create_task(self._ask_run(run))
@@ -160,16 +177,16 @@ class Teacher:
             raise
 
     def _note(self, request: TeacherRequest, answer: Answer) -> None:
-        usage = Usage(num_calls=1, num_retries=answer.num_attempts - 1)
+        num_retries = answer.num_attempts - 1
         if isinstance(answer.outcome, CallFailure):
-            self._count(request, usage + Usage(num_failures=1))
-            return
-        self._count(request, usage + Usage.of_replies(answer.outcome))
+            self._count(request, Usage(num_calls=1, num_retries=num_retries, num_failures=1))
+        else:
+            self._count(request, Usage.of_replies(answer.outcome, num_calls=1, num_retries=num_retries))
 
     def _settle(self, key: str, outcome: Outcome) -> None:
-        future = self._under_way.pop(key)
-        if not future.done():
-            future.set_result(outcome)
+        for waiter in self._under_way.pop(key):
+            if not waiter.done():
+                waiter.set_result(outcome)
 
     def _ended(self, run: list[tuple[str, TeacherRequest]], call: asyncio.Task[None]) -> None:
         """Hands what ended a call to all that wait for its samples."""
@@ -178,17 +195,16 @@ class Teacher:
         if not call.cancelled() and error is None:
             return
         for key, _ in run:
-            future = self._under_way.get(key)
-            if future is None or future.done():
-                continue
-            del self._under_way[key]
-            if error is None:
-                future.cancel()
-                continue
-            # A new exception for each asker: one that is raised in many tasks collects all their tracebacks.
-            future.set_exception(type(error)(str(error)) if isinstance(error, BimodeError) else error)
-            # An asker that was cancelled never looks at the exception; looking here keeps asyncio from complaining.
-            future.exception()
+            for waiter in self._under_way.pop(key, ()):
+                if waiter.done():
+                    continue
+                if error is None:
+                    waiter.cancel()
+                    continue
+                # A new exception for each asker: one raised in many tasks collects all their tracebacks.
+                waiter.set_exception(type(error)(str(error)) if isinstance(error, BimodeError) else error)
+                # Whoever waits for several samples looks at the first alone; looking here keeps asyncio content.
+                waiter.exception()
 
     def _raise_if_fatal(self) -> None:
         if self._fatal is not None:
@@ -196,12 +212,6 @@ class Teacher:
 
     def _count(self, request: TeacherRequest, usage: Usage) -> None:
         self._usage[request.purpose] = self._usage.get(request.purpose, Usage()) + usage
-
-
-async def _outcome(outcome: asyncio.Future[Outcome]) -> Outcome:
-    """Waits for an outcome; who gives up waiting does not take it from the others."""
-    # The samples of a call are settled together: seven of eight are there once the first is, and need no shield.
-    return outcome.result() if outcome.done() else await asyncio.shield(outcome)
 
 
 def _runs(missing: Sequence[tuple[str, TeacherRequest]], *, together: bool) -> list[list[tuple[str, TeacherRequest]]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 MAX_PAYLOAD_BYTES = 64 * 2**20
 """Longest payload that is written or believed: a damaged length must not make us allocate gigabytes."""
@@ -21,6 +21,7 @@ _FRAME = struct.Struct("<4sII")
 _LENGTH = struct.Struct("<I")
 _READ_BYTES = 4096
 _SCAN_BYTES = 2**20
+_WINDOW_BYTES = 2**20
 
 
 def framed(payload: bytes) -> bytes:
@@ -28,14 +29,33 @@ def framed(payload: bytes) -> bytes:
     return _FRAME.pack(_MARKER, len(payload), _checksum(payload)) + payload
 
 
+class Window:
+    """Reads a file in large pieces, for those who go through it from front to back.
+
+    Reading frame by frame, threads would wait for each other's Python after each of them.
+    """
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._start = 0
+        self._content = b""
+
+    def pread(self, size: int, at: int) -> bytes:
+        """Returns the bytes at a place, fewer where the file ends. Raises OSError."""
+        begin = at - self._start
+        if begin < 0 or begin + size > len(self._content):
+            self._content, self._start, begin = os.pread(self._file, max(size, _WINDOW_BYTES), at), at, 0
+        return self._content[begin : begin + size]
+
+
 def scan(file: int, start: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
     """Yields (start, stop, payload) of every believed frame that lies in bytes [start, stop); skips what is damaged.
 
     Raises OSError.
     """
-    at = start
+    window, at = Window(file), start
     while at < stop:
-        payload = payload_at(file, at, stop)
+        payload = payload_at(window.pread, at, stop)
         if payload is not None:
             end = at + _FRAME.size + len(payload)
             yield at, end, payload
@@ -44,20 +64,20 @@ def scan(file: int, start: int, stop: int) -> Iterator[tuple[int, int, bytes]]:
             at = _next_marker(file, at + 1, stop)
 
 
-def payload_at(file: int, at: int, stop: int) -> bytes | None:
+def payload_at(pread: Callable[[int, int], bytes], at: int, stop: int) -> bytes | None:
     """Returns the payload of the frame at a place, None when no believable frame that ends by `stop` begins there.
 
-    Raises OSError.
+    pread: returns so many bytes at a place of the file. Raises OSError.
     """
     # Most records are small: one read takes frame and payload together.
-    head = os.pread(file, max(0, min(_READ_BYTES, stop - at)), at)
+    head = pread(max(0, min(_READ_BYTES, stop - at)), at)
     if len(head) < _FRAME.size:
         return None
     marker, length, checksum = _FRAME.unpack_from(head)
     size = _FRAME.size + length
     if marker != _MARKER or length > MAX_PAYLOAD_BYTES or at + size > stop:
         return None
-    frame = head[:size] if size <= len(head) else head + os.pread(file, size - len(head), at + len(head))
+    frame = head[:size] if size <= len(head) else head + pread(size - len(head), at + len(head))
     payload = frame[_FRAME.size :]
     if len(payload) != length or _checksum(payload) != checksum:
         return None

@@ -17,7 +17,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,15 +78,24 @@ class _AttemptReplies:
 
     def reply(self, start: int) -> Reply | None:
         """Returns the reply at a place, None if it was damaged since opening. Raises OSError."""
-        payload = self._payload(start)
+        payload = self._payload(lambda size, at: os.pread(self._file, size, at), start, self._size())
         return None if payload is None else parsed_reply(payload)
 
-    def record(self, start: int) -> JournalRecord | None:
-        payload = self._payload(start)
-        return None if payload is None else parsed_record(payload)
+    def reader(self) -> Callable[[int], JournalRecord | None]:
+        """Returns what reads the record at a place, the places ascending. It raises as `reply` does."""
+        window, size = frames.Window(self._file), self._size()
 
-    def _payload(self, start: int) -> bytes | None:
-        payload = frames.payload_at(self._file, start, os.fstat(self._file).st_size)
+        def record(start: int) -> JournalRecord | None:
+            payload = self._payload(window.pread, start, size)
+            return None if payload is None else parsed_record(payload)
+
+        return record
+
+    def _size(self) -> int:
+        return os.fstat(self._file).st_size
+
+    def _payload(self, pread: Callable[[int, int], bytes], start: int, stop: int) -> bytes | None:
+        payload = frames.payload_at(pread, start, stop)
         if payload is None:
             _log.warning("journal %s: the record at byte %d was damaged while open", self.path, start)
         return payload
@@ -133,10 +142,13 @@ class _View:
         """Yields the record of every key in order. Raises StorageError, OSError: it cannot be read."""
         if self.compacted is not None:
             yield from self.compacted.records()
+        readers = {
+            number: source.reader() for number, source in enumerate(self.sources) if isinstance(source, _AttemptReplies)
+        }
         for place in list(self.index.values()):
-            source = self.sources[place >> _PLACE_BITS]
-            if isinstance(source, _AttemptReplies):
-                record = source.record(place & (1 << _PLACE_BITS) - 1)
+            read = readers.get(place >> _PLACE_BITS)
+            if read is not None:
+                record = read(place & (1 << _PLACE_BITS) - 1)
                 if record is None:
                     self.num_lost += 1
                 else:
