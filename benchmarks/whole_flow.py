@@ -130,6 +130,8 @@ def install_teacher() -> None:
 class Measured:
     """One run. seconds, cpu_seconds, peak_bytes: by stage, "corpus" being what follows the last.
 
+    seconds has the start, too: what passes until the first shard is done, mostly the start of Ray and its workers.
+
     Processor time is that of the flow's process, memory that of the process and its children without the server.
     """
 
@@ -220,7 +222,7 @@ def run_flow(config: RunConfig, runner: str, num_rows: int) -> Measured:
             emit(event, corpus, payload)
 
         events.emit = noted
-        began = time.monotonic()
+        began, began_at = time.monotonic(), time.time()
         try:
             install_teacher()
             record = curate_flow.curate(str(path))
@@ -228,6 +230,9 @@ def run_flow(config: RunConfig, runner: str, num_rows: int) -> Measured:
             events.emit = emit
         watch.close()
         seconds = time.monotonic() - began
+        first = min(path.stat().st_mtime for path in (Path(config.workdir) / "stages" / "sources").glob("*.json"))
+        start = {"start": first - began_at}
+        watch.seconds["sources"] -= start["start"]
         time.sleep(10)  # the server writes what it has been told, some seconds later
         with get_client(sync_client=True) as client:
             found = client._client.post("/task_runs/count", json={}).json()
@@ -235,7 +240,7 @@ def run_flow(config: RunConfig, runner: str, num_rows: int) -> Measured:
             num_rows,
             runner,
             seconds,
-            watch.seconds,
+            start | watch.seconds,
             watch.cpu_seconds,
             watch.peak_bytes,
             int(found),
@@ -315,7 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             write_rows(folder / "raw", options.rows[0])
             measured = compare_runners(folder, options.rows[0], options.turns)
             show(measured)
-            ratios = {stage: measured[1].seconds[stage] / seconds for stage, seconds in measured[0].seconds.items()}
+            plain, spread = (one.seconds for one in measured)
+            ratios = {stage: spread[stage] / seconds for stage, seconds in plain.items() if stage != "start"}
             for stage, ratio in ratios.items():
                 print(f"{stage:14s} Ray takes {ratio:.2f} of the time of threads")
             record["compared"] = {"runs": [asdict(one) for one in measured], "ratios": ratios}

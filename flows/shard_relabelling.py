@@ -6,7 +6,6 @@ See `flows.relabelling` for the whole, `flows.replaying` for one stage.
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import threading
@@ -22,6 +21,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from flows.garbage import collect_rarely
 from flows.replaying import Replayed, count_missing, quarantined, replay_stage
 from flows.settled import Earlier
 from flows.stages import LABELLING, recipe_digest, stage_digest
@@ -274,9 +274,7 @@ def _begin_process(plan: Plan) -> None:
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     pa.set_cpu_count(1)
     _begin(plan)
-    # Rows leave no cycles behind; looking for them again and again takes a tenth of the time.
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
+    collect_rarely()
 
 
 def _end_with_parent() -> None:

@@ -164,7 +164,8 @@ def find_quantities(text: str, *, with_words: bool = True) -> list[Quantity]:
     numbers of their own.
     """
     found = [quantity for match in _QUANTITY.finditer(text) if (quantity := _quantity_of(text, match)) is not None]
-    found = _added(found, [quantity for match in _POWER_OF_TEN.finditer(text) if (quantity := _power(text, match))])
+    if "10" in text:
+        found = _added(found, [quantity for match in _POWER_OF_TEN.finditer(text) if (quantity := _power(text, match))])
     if with_words:
         found = _added(found, _word_quantities(text))
     return sorted(found, key=lambda quantity: quantity.start)
@@ -172,6 +173,8 @@ def find_quantities(text: str, *, with_words: bool = True) -> list[Quantity]:
 
 def _added(found: list[Quantity], further: list[Quantity]) -> list[Quantity]:
     """Returns the quantities with those further ones that overlap none of them ("million" in "2 million" does)."""
+    if not further:
+        return found
     taken = {position for quantity in found for position in range(quantity.start, quantity.end)}
     return found + [quantity for quantity in further if taken.isdisjoint(range(quantity.start, quantity.end))]
 

@@ -103,11 +103,15 @@ def _matcher(reference: Quantity, sample: Sample, config: VerificationConfig) ->
 def _asked_scale(question: str) -> tuple[int | None, bool]:
     """Returns what a question counts in and whether that is percent: "How many million ...?" is 2.5 or 2.5 million.
 
-    Kept, as the replies to a question are verified one after the other.
+    Kept, as the replies to a question are verified one after the other. Most questions have none of the letters that
+    any such word has, which is seen in a tenth of the time.
     """
-    scale = _SCALE.search(question)
+    lowered = question.lower() if question.isascii() else None
+    may_scale = lowered is None or "illion" in lowered or "thousand" in lowered
+    may_ask_percent = lowered is None or any(part in lowered for part in ("%", "cent", "prozent"))
+    scale = _SCALE.search(question) if may_scale else None
     factor = LARGE_NUMBERS[scale.group(1).lower()] if scale else None
-    return factor, _ASKS_PERCENT.search(question) is not None
+    return factor, may_ask_percent and _ASKS_PERCENT.search(question) is not None
 
 
 def _unscaled_matcher(
