@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.roofline import CARDS, QWEN_32B, expect, model_lines, night_calls, table
+from benchmarks.roofline import MODEL, SHAREGPT, TYPICAL, expect, model_lines, night_calls, table
+from flows.planning.gpus import GPU_KINDS
 from schemas.config import ServeConfig
 from teacher.parallelism import Gpu, Parallelism, choose_parallelism
 from teacher.weights import ModelFacts, model_facts
@@ -26,6 +27,8 @@ CONFIG = {
     "vocab_size": 152064,
 }
 """Of Qwen2.5-VL-32B-Instruct's published config.json."""
+PUBLISHED_BYTES = 66_905_436_672
+"""Of its weights: 33,452,718,336 parameters in bfloat16."""
 
 
 def between(mark: str) -> str:
@@ -41,44 +44,47 @@ def test_the_tables_are_those_that_are_computed() -> None:
 
 def test_the_shape_is_what_the_server_s_layout_is_made_from(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    index = {"metadata": {"total_size": QWEN_32B.weights_bytes}}
+    index = {"metadata": {"total_size": PUBLISHED_BYTES}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert model_facts(tmp_path) == QWEN_32B.facts == ModelFacts(40, 8, 66_905_436_672, 256 * 1024)
+    facts = model_facts(tmp_path)
+    assert facts == ModelFacts(MODEL.num_heads, MODEL.num_kv_heads, PUBLISHED_BYTES, MODEL.token_bytes)
+    assert pytest.approx(PUBLISHED_BYTES, rel=1e-3) == MODEL.weights_bytes
 
 
-def test_the_number_of_parameters_is_the_sum_over_the_layers() -> None:
+def test_the_weights_are_the_sum_over_the_layers() -> None:
     # q and o: 5120 x 5120 each; k and v: 5120 x 1024 each; three of 5120 x 27648; biases of q, k, v; two norms.
     layer = 2 * 5120 * 5120 + 2 * 5120 * 1024 + 3 * 5120 * 27648 + 5120 + 2 * 1024 + 2 * 5120
-    assert QWEN_32B.parameters == 64 * layer + 5120 + 2 * 152064 * 5120 + 688_841_984 == 33_452_718_336
+    assert 2 * (64 * layer + 5120 + 2 * 152064 * 5120 + 688_841_984) == PUBLISHED_BYTES
 
 
 def test_what_is_said_of_a_single_gpu_holds() -> None:
-    h100 = CARDS[1]
-    usable = 0.92 * h100.mebibytes / 1024
-    room = (usable - 3) * 2**30 - QWEN_32B.weights_bytes
-    assert f"0.92 of the memory is {usable:.1f} GiB" in PROSE
-    assert f"room for {room / QWEN_32B.token_bytes:,.0f}".rsplit(",", 1)[0] in PROSE  # in thousands
-    one = expect(h100, 1, prompt=217, reply=185)
-    assert f"{one.calls * (217 + 185):,.0f} tokens/s in and out" in PROSE
-    assert choose_parallelism([Gpu("0", memory_bytes=h100.mebibytes * 2**20)] * 8, QWEN_32B.facts, ServeConfig()) == (
-        Parallelism(tensor=2, data=4)
-    )
+    h100 = GPU_KINDS["H100"]
+    usable = 0.92 * h100.memory_bytes
+    room = usable - 3 * 2**30 - MODEL.weights_bytes
+    assert f"0.92 of the memory is {usable / 2**30:.1f} GiB" in PROSE
+    assert f"room for {room / MODEL.token_bytes:,.0f}".rsplit(",", 1)[0] in PROSE  # in thousands
+    one = expect(h100, 1, SHAREGPT)
+    assert f"{one.calls * SHAREGPT.tokens:,.0f} tokens/s in and out" in PROSE
+    facts = ModelFacts(MODEL.num_heads, MODEL.num_kv_heads, PUBLISHED_BYTES, MODEL.token_bytes)
+    gpus = [Gpu("0", memory_bytes=h100.memory_bytes)] * 8
+    assert choose_parallelism(gpus, facts, ServeConfig()) == Parallelism(tensor=2, data=4)
 
 
-def test_calls_a_night_are_half_of_what_is_computed() -> None:
-    for num_gpus, shown in ((1, "28,000 (one H100)"), (8, "510,000 (8 H100)"), (32, "2,050,000 (32 H100)")):
+def test_calls_a_night_are_what_is_computed() -> None:
+    h100 = GPU_KINDS["H100"]
+    for num_gpus, shown in ((1, "33,000 (one H100)"), (8, "710,000 (8 H100)"), (32, "2,830,000 (32 H100)")):
         number = int(shown.partition(" ")[0].replace(",", ""))
-        assert shown in TEXT and night_calls(CARDS[1], num_gpus) == pytest.approx(number, rel=0.02)
-    calls = expect(CARDS[1], 32).calls
-    assert round(calls, -1) == 140 and "answer some 140" in PROSE
+        assert shown in TEXT and night_calls(h100, num_gpus) == pytest.approx(number, rel=0.02)
+    calls = expect(h100, 32).calls
+    assert round(calls, -1) == 100 and "answer some 100" in PROSE
 
 
 def test_a_larger_batch_never_decodes_slower_and_never_beyond_the_peak() -> None:
-    for card in CARDS:
-        found = expect(card, 8)
-        peak = 8 * card.flops / QWEN_32B.token_flops(0)
+    for kind in GPU_KINDS.values():
+        found = expect(kind, 8)
+        peak = 8 * kind.flops / (2 * MODEL.params)
         assert found.decode < peak and found.prefill < peak
-        assert found.calls < min(found.decode / 300, found.prefill / 1000)
+        assert found.calls < min(found.decode / TYPICAL.reply, found.prefill / (TYPICAL.text + TYPICAL.image))
 
 
 def test_files_that_the_guide_names_exist() -> None:
