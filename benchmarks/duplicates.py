@@ -35,6 +35,7 @@ from datasketch import MinHash, MinHashLSH
 
 from filters.signatures import band_shape
 from flows import removing, stages
+from flows.garbage import collected_rarely
 from flows.runtime import Runtime
 from flows.shard_calls import RemoveRows
 from flows.workspace import Marker
@@ -139,7 +140,8 @@ def run_once(folder: Path) -> dict[str, float]:
     settled = list(removing.settled_shards(runtime, old).values())
     assert len(settled) == len(old)
     started = time.monotonic()
-    done = run_stage(runtime, new, settled)
+    with collected_rarely():  # as a run does
+        done = run_stage(runtime, new, settled)
     seconds = time.monotonic() - started
     return {"seconds": seconds, "removed": sum(m.count.num_dropped for m in done), "peak_gib": peak_gib()}
 

@@ -31,6 +31,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.cards import MODEL, card, configuration, teacher_answer
+from flows.garbage import collected_rarely
 from flows.runtime import Runtime
 from flows.stages import DUPLICATES, LABELLING, Progress, label_shard
 from flows.work_rows import unlabelled_table
@@ -179,7 +180,7 @@ def measure(config: RunConfig, num_rows: int, told: Connection, is_traced: bool)
     """Labels so many rows and sends what was measured; the body of a process of its own."""
     runtime = MeasuredRuntime(config)
     try:
-        with runtime.workspace.locked():
+        with runtime.workspace.locked(), collected_rarely():
             markers = write_shards(runtime, num_rows)
             tenths = Tenths(len(markers), is_traced=is_traced)
             if is_traced:

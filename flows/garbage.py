@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 THRESHOLDS = (100_000, 20, 50)
 """Of the three generations, see `gc.set_threshold`. A shard of 2,000 rows holds some hundred thousand objects; measured
-by `benchmarks.whole_flow`, no larger ones save more than one percent."""
+by `benchmarks.whole_flow`, larger ones save no more than two percent."""
 
 
 def collect_rarely() -> None:

@@ -7,7 +7,8 @@ A run that fell silent may be alive: its host was cut off from the server. The r
 begin while the other one holds the work folder, and the server cannot reach that one; but both see the folder. So the
 waiting run asks there, by a file whose content changes every second, and the holder decides. Is it in contact with the
 server, it works on, and the other waits. Otherwise it kills its own process, as a power cut would: what was done is
-kept by the work folder, and nothing of a killed run is paid for twice (`benchmarks.killing`).
+kept by the work folder, and nothing of a killed run is paid for twice (`benchmarks.killing`). A training does the same
+over the folder of the program at work, which its supervisor ends, with time for a checkpoint.
 
 Runs without a deployment neither beat nor make way: who started them by hand sees how they are. Prefect takes seconds
 to import, so commands that only hold a folder do without it.
@@ -71,17 +72,16 @@ def ask_to_make_way(folder: Path) -> None:
 
 
 class Pulse:
-    """The thread that beats for a run, and looks whether another wants its work folder."""
+    """The thread that beats for a run, and looks whether another wants the folder it holds."""
 
-    def __init__(self, run: FlowRun, folder: Path) -> None:
+    def __init__(self, run: FlowRun) -> None:
         self._resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}", "prefect.resource.name": run.name or ""}
         self._related = [
             {"prefect.resource.id": f"prefect.flow.{run.flow_id}", "prefect.resource.role": "flow"},
             {"prefect.resource.id": f"prefect.deployment.{run.deployment_id}", "prefect.resource.role": "deployment"},
         ]
-        self._wanted = folder / WANTED_FILE
+        self._wanted: Path | None = None
         self._stopped = threading.Event()
-        self._is_holding = threading.Event()
         # The server's address is part of the flow run's context, which a new thread does not have.
         body = contextvars.copy_context().run
         self._thread = threading.Thread(target=body, args=(self._live,), name="heartbeat", daemon=True)
@@ -94,24 +94,25 @@ class Pulse:
         self._thread.join(5 * _CONTACT_SECONDS)
 
     @contextmanager
-    def holding(self) -> Iterator[None]:
-        """Within, the run holds the folder, and makes way if it is cut off and another run asks."""
-        self._is_holding.set()
+    def holding(self, folder: Path) -> Iterator[None]:
+        """Within, the run holds a folder, and makes way if it is cut off and another run asks."""
+        self._wanted = folder / WANTED_FILE
         try:
             yield
         finally:
-            self._is_holding.clear()
+            self._wanted = None
             with suppress(OSError):
-                self._wanted.unlink(missing_ok=True)
+                (folder / WANTED_FILE).unlink(missing_ok=True)
 
     def _live(self) -> None:
-        beaten, asked, alone_since = -BEAT_SECONDS, self._asked(), None
+        beaten, asked, alone_since = -BEAT_SECONDS, None, None
         while not self._stopped.wait(_LOOK_SECONDS):
             now = time.monotonic()
             if now - beaten >= BEAT_SECONDS:
                 beaten = now
                 self._beat()
-            if (asks := self._asked()) == asked or not self._is_holding.is_set() or is_in_contact():
+            asks = self._asked()
+            if asked is None or asks in (None, asked) or is_in_contact():
                 asked, alone_since = asks, None
                 continue
             # Not noted as seen: a waiting run asks anew every second, but a slow look must not lose count.
@@ -127,15 +128,16 @@ class Pulse:
         except Exception:  # noqa: BLE001 - Prefect's client raises anything; a lost beat must not end the next ones
             _log.debug("a heartbeat was lost", exc_info=True)
 
-    def _asked(self) -> str:
-        """Returns what the waiting run wrote last; another text than before: it is waiting now."""
+    def _asked(self) -> str | None:
+        """Returns what a waiting run wrote last; another text than before: it is waiting now. None: nothing is held."""
+        wanted = self._wanted
         try:
-            return self._wanted.read_text(encoding="utf-8")
+            return None if wanted is None else wanted.read_text(encoding="utf-8")
         except OSError:
             return ""
 
     def _make_way(self) -> None:
-        if not self._is_holding.is_set():  # the run has just ended by itself
+        if self._wanted is None:  # the run has just ended by itself
             return
         _log.error(
             "this run is cut off from Prefect's server, which has put another one in its place; making way for it"
@@ -146,13 +148,13 @@ class Pulse:
 
 
 @contextmanager
-def beating(folder: Path) -> Iterator[Pulse | None]:
-    """Beats for the flow run in whose context it is entered, if a deployment started it. folder: its work folder."""
+def beating() -> Iterator[Pulse | None]:
+    """Beats for the flow run in whose context it is entered, if a deployment started it."""
     run = deployed_run()
     if run is None:
         yield None
         return
-    pulse = Pulse(run, folder)
+    pulse = Pulse(run)
     pulse.start()
     try:
         yield pulse

@@ -52,7 +52,7 @@ def held(workspace: Workspace, name: str, *, wait: bool, say: Say) -> Iterator[N
     """
     note = workspace.root / HOLDER_FILE
     with ExitStack() as stack:
-        pulse = stack.enter_context(heartbeats.beating(workspace.root))
+        pulse = stack.enter_context(heartbeats.beating())
         said = -_SAY_SECONDS
         while not _taken(workspace, stack):
             holder = find_holder(workspace) or "another run"
@@ -67,7 +67,7 @@ def held(workspace: Workspace, name: str, *, wait: bool, say: Say) -> Iterator[N
             heartbeats.ask_to_make_way(workspace.root)
             time.sleep(_ASK_SECONDS)
         if pulse is not None:
-            stack.enter_context(pulse.holding())
+            stack.enter_context(pulse.holding(workspace.root))
         since = datetime.now(UTC).isoformat(timespec="seconds")
         write_text(note, json.dumps(asdict(Holder(name, socket.gethostname(), os.getpid(), since))))
         stack.callback(note.unlink, missing_ok=True)

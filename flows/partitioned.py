@@ -31,9 +31,9 @@ from flows.shard_calls import Spread
 from flows.stages import TRACES, Progress
 from flows.workspace import Marker
 
-ROWS_PER_FILE = 1 << 17
-"""Rows whose features are dealt out at a time: some hundred megabytes of memory."""
-ROWS_PER_PART = 1 << 18
+ROWS_PER_FILE = 1 << 16
+"""Rows whose features are dealt out at a time: some tens of megabytes of memory."""
+ROWS_PER_PART = 1 << 17
 MAX_PARTS = 64
 
 

@@ -27,8 +27,8 @@ Left out: runs without a deployment, flows that are not ours, and deployments th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -57,8 +57,9 @@ from flows.processes import Report
 from flows.stack import STOPPED
 
 EVERY_SECONDS = 3.0
-CURATE_SECONDS = 25.0
-"""Silence of a curation that is taken for its end: five beats."""
+SILENCE_SECONDS = 25.0
+"""Silence of a run that is taken for its end: five beats."""
+FLOWS = ("curate", "train")
 RESTARTED = "restarted"
 """Tag of a crashed run that another one has taken the place of."""
 _NO_LONGER = timedelta(hours=24)
@@ -71,24 +72,14 @@ _WORKING = (StateType.RUNNING, StateType.PENDING)
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a run may be silent. Runs of `curate` beat every 5 seconds, others every 30.
+    """How long a run may be silent that works.
 
     pending_seconds: for a process to begin with a run that a process worker has taken; other kinds may wait long for
     a node, and their workers watch them.
     """
 
-    silence_seconds: Mapping[str, float] = field(default_factory=lambda: {"curate": CURATE_SECONDS, "train": 100.0})
+    silence_seconds: float = SILENCE_SECONDS
     pending_seconds: float = 180.0
-
-    @classmethod
-    def of_curation(cls, seconds: float) -> Patience:
-        """Returns what a curation's silence of so many seconds makes of the patience with it."""
-        default = cls()
-        return cls({**default.silence_seconds, "curate": seconds}, default.pending_seconds)
-
-    @property
-    def flows(self) -> list[str]:
-        return list(self.silence_seconds)
 
 
 @dataclass(slots=True)
@@ -172,7 +163,7 @@ class Watch:
     def _allowed_silence(self, run: FlowRun) -> float:
         if run.state_type == StateType.PENDING:
             return self._patience.pending_seconds if self._is_of_a_process_worker(run) else float("inf")
-        return self._patience.silence_seconds[self._flow_name(run)]
+        return self._patience.silence_seconds
 
     def _is_of_a_process_worker(self, run: FlowRun) -> bool:
         if run.work_pool_name is None:
@@ -260,7 +251,7 @@ class Watch:
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=list(states))),
             end_time=end_time,
         )
-        flows = FlowFilter(name=FlowFilterName(any_=self._patience.flows))
+        flows = FlowFilter(name=FlowFilterName(any_=list(FLOWS)))
         found = self._client.read_flow_runs(flow_filter=flows, flow_run_filter=wanted, limit=_PAGE)
         yield from found
 

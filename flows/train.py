@@ -43,6 +43,7 @@ from corpus.places import is_address
 from corpus.storage import append_json_line, storage_errors
 from corpus.versions import verify_version
 from flows.gpu_lease import Lease
+from flows.heartbeats import Pulse, beating
 from flows.training_gpus import fit, leased_gpus
 from flows.training_plan import (
     Step,
@@ -56,7 +57,7 @@ from flows.training_plan import (
 )
 from flows.training_process import LineReader, Metrics, Program, ProgramCrashed, run_supervised
 from schemas.errors import ConfigError, Interrupted, StorageError
-from schemas.training_config import ProgramName
+from schemas.training_config import ProgramName, TrainingConfig
 
 INTERRUPTED = "Interrupted"
 """Name of the state of a run that was stopped and can go on."""
@@ -92,8 +93,20 @@ def train(
     this run; then the threshold on new rows and the approval of the configuration hold. A person's run waits for
     neither.
     """
-    logger = get_run_logger()
     settings = load_training(config)
+    with beating() as pulse:
+        return _train(settings, only=only, corpus=corpus, announced=announced, pulse=pulse)
+
+
+def _train(
+    settings: TrainingConfig,
+    *,
+    only: ProgramName | None,
+    corpus: str | None,
+    announced: str | None,
+    pulse: Pulse | None,
+) -> Any:
+    logger = get_run_logger()
     plan = plan_training(settings, only=only, corpus=corpus)
     logger.info("%s", render_plan(plan))
     if announced is not None and (reason := _reason_to_wait(plan, announced)):
@@ -102,23 +115,28 @@ def train(
         if any(step.result() is None for step in plan.selected):
             if announced is not None and settings.trigger.approval and (refusal := _ask(plan)):
                 return _nothing_done(refusal)
-            verify_version(plan.corpus)
-            try:
-                keep_version(plan)
-            except (ConfigError, StorageError) as error:
-                logger.warning("%s is not kept from being removed during this run: %s", plan.corpus, error)
-            waiting = [step for step in plan.selected if step.result() is None]
-            for step in waiting if len(waiting) > 1 else []:  # a wrong setting of the last shows now, not hours later
-                check_settings(step, plan)
+            _check(plan)
         with leased_gpus(plan, flow_run.get_name() or "train", logger.info) as gpus:
             for step in plan.selected:
-                _run_step(step, plan, gpus)
+                _run_step(step, plan, gpus, pulse)
     except Interrupted as error:
         logger.warning("%s", error)
         return Cancelled(name=INTERRUPTED, message=str(error))
     if all(step.result() is not None for step in plan.steps):
         plan.record_trained()
     return _announce(plan)
+
+
+def _check(plan: TrainingPlan) -> None:
+    """Looks at the corpus and at the settings of all programs, before any takes hours. Raises BimodeError."""
+    verify_version(plan.corpus)
+    try:
+        keep_version(plan)
+    except (ConfigError, StorageError) as error:
+        get_run_logger().warning("%s is not kept from being removed during this run: %s", plan.corpus, error)
+    waiting = [step for step in plan.selected if step.result() is None]
+    for step in waiting if len(waiting) > 1 else []:
+        check_settings(step, plan)
 
 
 def _is_version_of(version: str, corpus: str) -> bool:
@@ -181,7 +199,7 @@ def _ask(plan: TrainingPlan) -> str | None:
     return f"training on version {manifest.version} was refused" + (f": {answer.note}" if answer.note else "")
 
 
-def _run_step(step: Step, plan: TrainingPlan, gpus: Lease | None) -> None:
+def _run_step(step: Step, plan: TrainingPlan, gpus: Lease | None, pulse: Pulse | None) -> None:
     """Runs one program as a task of its own, unless it has finished before.
 
     Raises Interrupted: it was stopped and can go on. Another BimodeError: it failed, for good or too often.
@@ -205,7 +223,7 @@ def _run_step(step: Step, plan: TrainingPlan, gpus: Lease | None) -> None:
     )
     def run() -> Any:
         try:
-            _run_program(step, plan, gpus)
+            _run_program(step, plan, gpus, pulse)
         except Interrupted as error:
             return Cancelled(name=INTERRUPTED, message=str(error))
         return None
@@ -222,14 +240,14 @@ def _is_crash(task: Task[..., Any], run: TaskRun, state: State[Any]) -> bool:
     return isinstance(state.result(raise_on_failure=False), ProgramCrashed)
 
 
-def _run_program(step: Step, plan: TrainingPlan, gpus: Lease | None) -> None:
+def _run_program(step: Step, plan: TrainingPlan, gpus: Lease | None, pulse: Pulse | None) -> None:
     logger = get_run_logger()
     program = program_of(step, plan)
     if gpus is not None:
         environment = {**program.environment, **gpus.grant.environment}
         program = replace(program, environment=environment, held=gpus.grant.descriptors)
     view = ProgramView(program, logger)
-    run_supervised(program, watch=view.update, report=logger.info)
+    run_supervised(program, watch=view.update, report=logger.info, pulse=pulse)
     view.finish()
     if step.result() is None:
         raise ProgramCrashed(f"{step.program} ended well but left no result in {step.folder}; see {program.log}")

@@ -14,17 +14,19 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from corpus.storage import storage_errors
-from flows import processes, supervisor
+from flows import heartbeats, processes, supervisor
+from flows.heartbeats import Pulse
 from flows.processes import Report
 from schemas.errors import BimodeError, ConfigError, CorpusError, Interrupted, StorageError, TrainingError
 
@@ -75,8 +77,10 @@ class Program:
         return self.folder / METRICS_FILE
 
 
-def run_supervised(program: Program, *, watch: Callable[[], None], report: Report) -> None:
+def run_supervised(program: Program, *, watch: Callable[[], None], report: Report, pulse: Pulse | None = None) -> None:
     """Runs a program to its end. `watch` is called about once a second meanwhile, and once after it.
+
+    pulse: of the flow run, which makes way for another one's while it holds the folder (`flows.heartbeats`).
 
     Whatever ends the wait before, a cancelled flow run included, stops the program first: it gets its time for a
     checkpoint. If this process is killed meanwhile, the supervisor goes on alone.
@@ -84,7 +88,7 @@ def run_supervised(program: Program, *, watch: Callable[[], None], report: Repor
     Raises Interrupted: the program was stopped and can go on. ProgramCrashed, or another BimodeError with the message
     that the program itself gave. TrainingError: another run is at work in the folder.
     """
-    with _claimed(program, report) as lock:
+    with _claimed(program, report, pulse) as lock:
         log_start = _begin_log(program)
         process = _start_supervisor(program, lock)
         _record_owner(lock)
@@ -124,7 +128,7 @@ def ending(program: Program, status: int, log: str) -> BimodeError:
 
 
 @contextmanager
-def _claimed(program: Program, report: Report) -> Iterator[int]:
+def _claimed(program: Program, report: Report, pulse: Pulse | None) -> Iterator[int]:
     """Holds the folder while the block runs, and yields the lock's descriptor, which children keep holding.
 
     Raises TrainingError: another run is at work there. StorageError: the folder cannot be used.
@@ -133,15 +137,24 @@ def _claimed(program: Program, report: Report) -> Iterator[int]:
         program.folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(program.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
+        said = ""
         while not _try_lock(lock):
-            owner = _living_owner(lock)
-            if owner is not None:
-                raise TrainingError(f"process {owner} is at work in {program.folder}: cancel its run, or wait for it")
-            report(f"a run that was killed left {program.name} behind; stopping it, with time for a checkpoint")
+            owner = _owner(lock)
+            if owner is not None and owner.is_alive:
+                raise TrainingError(
+                    f"process {owner.pid} is at work in {program.folder}: cancel its run, or wait for it"
+                )
+            line = f"a run that was killed left {program.name} behind; stopping it, with time for a checkpoint"
+            if owner is not None and not owner.is_here:
+                line = f"process {owner.pid} of {owner.host} is at work in {program.folder}; waiting for its end"
+            if line != said:
+                report(said := line)
+            heartbeats.ask_to_make_way(program.folder)
             supervisor.end_marked(str(program.folder), program.stop_seconds + _STOP_MARGIN_SECONDS)
             time.sleep(_POLL_SECONDS)
         supervisor.end_marked(str(program.folder), program.stop_seconds)  # torchrun's workers do not hold the lock
-        yield lock
+        with nullcontext() if pulse is None else pulse.holding(program.folder):
+            yield lock
     finally:
         os.close(lock)
 
@@ -156,19 +169,36 @@ def _try_lock(lock: int) -> bool:
 
 def _record_owner(lock: int) -> None:
     """Notes in the lock file whose run this is, for whoever finds the folder taken."""
-    record = json.dumps({"pid": os.getpid(), "started": processes.start_time(os.getpid())}).encode()
+    here = _Owner(socket.gethostname(), os.getpid(), processes.start_time(os.getpid()))
     os.ftruncate(lock, 0)
-    os.pwrite(lock, record, 0)
+    os.pwrite(lock, json.dumps(asdict(here)).encode(), 0)
 
 
-def _living_owner(lock: int) -> int | None:
-    """Returns the process whose run holds a taken lock, or None if it has ended."""
+@dataclass(frozen=True, slots=True)
+class _Owner:
+    """The process of a flow run that took a folder. started: see `processes.start_time`."""
+
+    host: str
+    pid: int
+    started: str | None
+
+    @property
+    def is_here(self) -> bool:
+        return self.host == socket.gethostname()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it runs on this host; of another host that is not known."""
+        return self.is_here and self.started is not None and processes.start_time(self.pid) == self.started
+
+
+def _owner(lock: int) -> _Owner | None:
+    """Returns who took the folder last; None if that is not noted."""
     try:
         record = json.loads(os.pread(lock, 4096, 0))
-        pid, started = int(record["pid"]), record["started"]
+        return _Owner(str(record["host"]), int(record["pid"]), record["started"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return pid if started is not None and processes.start_time(pid) == started else None
 
 
 def _begin_log(program: Program) -> int:

@@ -27,7 +27,7 @@ from prefect.settings import (
 )
 
 from flows.processes import Report
-from flows.restarts import CURATE_SECONDS, EVERY_SECONDS, Patience, Watch
+from flows.restarts import EVERY_SECONDS, SILENCE_SECONDS, Patience, Watch
 from flows.retention import Keep, prune
 
 _REQUEST_SECONDS = 10.0
@@ -92,13 +92,13 @@ def watch_until_signalled(
 def main() -> None:
     """Watches the server of PREFECT_API_URL; what `bimode up` starts."""
     parser = argparse.ArgumentParser(prog="python -m flows.watching", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--silence", type=float, default=CURATE_SECONDS, help="of a curation, in seconds")
+    parser.add_argument("--silence", type=float, default=SILENCE_SECONDS, help="of a run, in seconds")
     options = parser.parse_args()
     url = PREFECT_API_URL.value()
     assert url is not None, "whoever starts this names the server"
     logging.basicConfig(format="%(asctime)s %(message)s")
     _log.setLevel(logging.INFO)
-    watch_until_signalled(url, _log.info, Patience.of_curation(options.silence))
+    watch_until_signalled(url, _log.info, Patience(options.silence))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ EXAMPLES = examples("bimode watch", "bimode watch --api-url http://prefect.examp
 def watch(
     api_url: ApiUrlOption = None,
     silence: Annotated[
-        float, typer.Option(min=10, help="Seconds without a sign of life after which a curation counts as lost.")
+        float, typer.Option(min=10, help="Seconds without a sign of life after which a run counts as lost.")
     ] = 25.0,
 ) -> None:
     """Watch the flow runs of a Prefect server until stopped; run it beside the server. `bimode up` starts it.
@@ -31,4 +31,4 @@ def watch(
     with user_errors():
         url, keep = known_url(api_url), Keep.chosen()
         say(f"watching {url}")
-        watching.watch_until_signalled(url, say, Patience.of_curation(silence), keep)
+        watching.watch_until_signalled(url, say, Patience(silence), keep)

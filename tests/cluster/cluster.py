@@ -27,7 +27,7 @@ from prefect.types.entrypoint import EntrypointType
 from benchmarks.cards import configuration
 from flows.curate import curate
 from flows.database import Database
-from flows.restarts import CURATE_SECONDS
+from flows.restarts import SILENCE_SECONDS
 from flows.retention import Keep
 from flows.stack import FLOW_RUN_MARK, POOL, prefect_environment, server_environment
 from schemas.config import RunConfig
@@ -43,7 +43,7 @@ _WAIT_SECONDS = 600.0
 class Cluster:
     """The installation; it goes with its network. folder: all users may pass through it.
 
-    latency_seconds: of a teacher's call. silence_seconds: after which the watch takes a curation for lost.
+    latency_seconds: of a teacher's call. silence_seconds: after which the watch takes a run for lost.
     """
 
     def __init__(self, network: Network, folder: Path, *, latency_seconds: float, silence_seconds: float) -> None:
@@ -220,7 +220,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def running_cluster(
-    folder: Path, *, latency_seconds: float, silence_seconds: float = CURATE_SECONDS
+    folder: Path, *, latency_seconds: float, silence_seconds: float = SILENCE_SECONDS
 ) -> Iterator[tuple[Network, Cluster]]:
     """Yields a network and the installation on it, started."""
     with Network() as network:

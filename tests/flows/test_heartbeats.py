@@ -103,7 +103,7 @@ def test_a_run_that_is_cut_off_works_on_while_nobody_asks(tmp_path: Path) -> Non
 
 
 def test_who_runs_without_a_deployment_neither_beats_nor_asks(tmp_path: Path) -> None:
-    with heartbeats.beating(tmp_path) as pulse:
+    with heartbeats.beating() as pulse:
         assert pulse is None
     heartbeats.ask_to_make_way(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -30,7 +30,7 @@ from flows.stack import STOPPED
 from flows.watching import watch
 
 pytestmark = pytest.mark.usefixtures("prefect")
-PATIENCE = Patience({"curate": 25.0, "train": 100.0}, pending_seconds=180.0)
+PATIENCE = Patience(25.0, pending_seconds=180.0)
 
 
 class Clock:
@@ -209,10 +209,10 @@ def test_a_run_that_beats_is_not_given_up(scene: Scene) -> None:
     assert scene.state(run) == StateType.RUNNING
 
 
-def test_a_training_has_the_longer_patience_of_runs_that_beat_less_often(client: SyncPrefectClient) -> None:
+def test_a_silent_training_is_given_up_as_a_curation_is(client: SyncPrefectClient) -> None:
     scene = Scene(client, "train")
     run = scene.run(Pending(), Running())
-    scene.look_for(95)
+    scene.look_for(20)
     assert scene.state(run) == StateType.RUNNING
     scene.look_for(15)
     assert scene.state(run) == StateType.CRASHED

@@ -5,6 +5,7 @@ The programs are real processes (`stand_in_program`), and so are the flow proces
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,17 +13,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from flows import processes, supervisor
+from flows import heartbeats, processes, supervisor
 from flows.gpu_devices import Device, GpuHost
 from flows.gpu_lease import Leases
 from flows.gpu_queue import Request
 from flows.training_process import (
+    LOCK_FILE,
     LineReader,
     Metrics,
     Program,
@@ -225,6 +228,27 @@ def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(tmp_pat
     flow.terminate()
     flow.wait()
     wait_for(lambda: not living(tmp_path))
+
+
+def test_a_run_in_the_place_of_one_on_another_host_asks_it_to_make_way_and_waits_for_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heartbeats, "is_restart", lambda: True)
+    write_settings(tmp_path, num_steps=2)
+    asked = tmp_path / heartbeats.WANTED_FILE
+    with (tmp_path / LOCK_FILE).open("w") as lock, ThreadPoolExecutor(1) as thread:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write(json.dumps({"host": "elsewhere", "pid": 1, "started": "then"}))
+        lock.flush()
+        said = thread.submit(run, tmp_path)
+        wait_for(asked.exists)
+        before = asked.read_text()
+        wait_for(lambda: asked.read_text() != before)
+        assert not (tmp_path / "metrics.jsonl").exists(), "two programs would write to one folder"
+        lock.close()
+        lines = said.result()
+    assert lines.count(f"process 1 of elsewhere is at work in {tmp_path}; waiting for its end") == 1
+    assert result_of(tmp_path)
 
 
 @linux_only
