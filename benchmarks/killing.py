@@ -337,7 +337,7 @@ class Campaign:
     def _finish_despite_kills(self, config: RunConfig, ledger: CallLedger, findings: Findings, num_kills: int) -> None:
         was_killed = True
         while was_killed:
-            kill = self._draw_kill(findings.calm_seconds) if findings.kills.total() < num_kills else NO_KILL
+            kill = self._draw_kill(findings) if findings.kills.total() < num_kills else NO_KILL
             was_killed = self._start(config, kill)
             self._wait_until_quiet()
             ledger.note_end(was_killed=was_killed)
@@ -345,9 +345,10 @@ class Campaign:
             findings.kills.update([kill.kind] * was_killed)
             findings.num_unreached += kill.crash_at is not None and not was_killed
 
-    def _draw_kill(self, calm_seconds: float) -> Kill:
-        if self._rng.random() < 0.5:
-            return Kill(RANDOM, after_seconds=self._rng.uniform(0.0, calm_seconds))
+    def _draw_kill(self, findings: Findings) -> Kill:
+        # In turns: a run may end before its random moment, and then kills at named points would become the most.
+        if 2 * findings.kills[RANDOM] <= findings.kills.total():
+            return Kill(RANDOM, after_seconds=self._rng.uniform(0.0, findings.calm_seconds))
         point = self._points.pop(0)
         self._points.append(point)
         return Kill(point, crash_at=f"{point}:{self._rng.choice(POINTS[point])}")
